@@ -1,0 +1,229 @@
+"The data gate: every trap is found, no good row is lost, and rows in = accepted + rejected."
+import io
+import json
+import os
+import random
+
+import pytest
+from PIL import Image, ImageFile
+
+from blip2mgm.core import UserError
+from blip2mgm.data import (caption_of, count_images, decode, gate, iter_gate, open_picture, read_dj, read_llava, save_gate, strict_pillow,
+                           text_of, write_dj)
+
+
+def picture(format="JPEG", size=(40, 30), mode="RGB", **kw):
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(buffer, format, **kw)
+    return buffer.getvalue()
+
+
+def animation(format="GIF"):
+    frames, buffer = [Image.effect_noise((20, 20), 10 * i + 9) for i in range(4)], io.BytesIO()
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def upright():
+    im, buffer = Image.new("RGB", (40, 20), "red"), io.BytesIO()
+    exif = im.getexif()
+    exif[0x112] = 6
+    im.save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+GOOD = {
+    "good.jpg": picture(), "progressive.jpg": picture(progressive=True), "cmyk.jpg": picture(mode="CMYK"), "grey.jpg": picture(mode="L"),
+    "exif.jpg": upright(), "good.png": picture("PNG"), "palette.png": picture("PNG", mode="P"), "alpha.png": picture("PNG", mode="LA"),
+    "bit.png": picture("PNG", mode="1"), "deep.png": picture("PNG", mode="I;16"), "good.gif": picture("GIF"), "moving.gif": animation(),
+    "moving.png": animation("PNG"), "good.webp": picture("WEBP"), "moving.webp": animation("WEBP"), "good.bmp": picture("BMP"),
+    "good.tiff": picture("TIFF"), "good.ppm": picture("PPM"), "wrong_name.png": picture("JPEG"), "no_suffix": picture(), "one.jpg": picture(size=(1, 1)),
+    "trailer.jpg": picture() + b"added by a phone", "a b's \u00fc.jpg": picture(), "deep/er/good.jpg": picture(),
+}
+DAMAGED = {f"cut{i}_{name}": data[:at] for name, data in GOOD.items() if not name.startswith("one") and len(data) > 200
+           for i, at in enumerate((len(data) // 2, len(data) - len(data) // 10 - 30))}
+NO_IMAGE = {"page.jpg": b"<html>404</html>", "text.jpg": b"hello", "zeros.jpg": bytes(5000), "noise.jpg": random.Random(0).randbytes(5000),
+            "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    root = base / "root"
+    for name, data in {**GOOD, **DAMAGED, **NO_IMAGE, "empty.jpg": b"", "bomb.png": picture("PNG", (12_000, 8_000), "1")}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    (base / "secret.jpg").write_bytes(picture())
+    (base / "root2").mkdir()
+    (base / "root2" / "near.jpg").write_bytes(picture())   # a sibling whose name starts as the root's does
+    (root / "folder.jpg").mkdir()
+    os.mkfifo(root / "pipe.jpg")
+    for name, target in {"link.jpg": root / "good.jpg", "relative.jpg": "good.jpg", "escape.jpg": base / "secret.jpg", "away": base,
+                         "broken.jpg": "nowhere.jpg", "loop.jpg": "loop.jpg", "device.jpg": "/dev/zero"}.items():
+        (root / name).symlink_to(target)
+    return root
+
+
+def row(id, *images, **kw):
+    return {"id": id, "text": text_of("a bus", len(images)), "images": list(images), **kw}
+
+
+def reason(row, root, **kw):
+    result = gate([row], root, **kw)
+    assert len(result.accepted) + len(result.rejected) == 1
+    return result.rejected[0]["reason"] if result.rejected else ""
+
+
+@pytest.mark.parametrize("name", [*GOOD, "link.jpg", "relative.jpg", "./good.jpg", "folder.jpg/../good.jpg"])
+def test_good_pictures_pass(root, name):
+    assert reason(row("a", name), root) == ""
+
+
+@pytest.mark.parametrize("name, expected", [
+    *((name, "truncated or damaged") for name in DAMAGED), *((name, "not an image") for name in NO_IMAGE),
+    ("gone.jpg", "missing file"), ("broken.jpg", "missing file"), ("good.jpg/x.jpg", "missing file"), ("good.jpg ", "missing file"),
+    ("C:\\good.jpg", "missing file"), ("https://example.org/a.jpg", "missing file"), ("~/good.jpg", "missing file"),
+    ("empty.jpg", "empty file"), ("bomb.png", "decompression bomb"), ("folder.jpg", "not a file"), (".", "not a file"), ("pipe.jpg", "not a file"),
+    ("../secret.jpg", "outside"), ("../root2/near.jpg", "outside"), ("/etc/passwd", "outside"), ("escape.jpg", "outside"), ("away/secret.jpg", "outside"),
+    ("device.jpg", "outside"), ("a/../../secret.jpg", "outside"), ("../" * 60 + "etc/passwd", "outside"),
+    ("loop.jpg", "unreadable"), ("a\0.jpg", "unreadable"), ("x" * 5000, "unreadable"),
+    ("", "blank image path"), ("  ", "blank image path"), (None, "not a string"), (3, "not a string"), (["good.jpg"], "not a string"),
+    ({"path": "good.jpg"}, "not a string"), (b"good.jpg", "not a string"), ("\udcff.jpg", "cannot be written"),
+])
+def test_bad_pictures_are_refused(root, name, expected):
+    assert expected in reason(row("a", name), root)
+    assert expected in reason(row("a", "good.jpg", name), root)   # one bad picture of several
+
+
+def test_device_file(root):
+    try: os.mknod(root / "null.jpg", 0o20666, os.makedev(1, 5))
+    except PermissionError: pytest.skip("this user cannot make a device")
+    assert "not a file" in reason(row("a", "null.jpg"), root)
+
+
+@pytest.mark.parametrize("bad, expected", [
+    (None, "not a row"), ("text", "not a row"), ([], "not a row"), (7, "not a row"), ({}, "no id"),
+    (row(None, "good.jpg"), "no id"), (row(" ", "good.jpg"), "no id"), (row(["a"], "good.jpg"), "odd id"), (row(True, "good.jpg"), "odd id"),
+    ({"id": "a", "images": ["good.jpg"]}, "missing field: text"), ({"id": "a", "text": text_of("a bus")}, "missing field: images"),
+    (row("a", "good.jpg", text=None), "null text"), (row("a", "good.jpg", text=float("nan")), "null text"), (row("a", "good.jpg", text=7), "not a string"),
+    (row("a", "good.jpg", text=["a bus"]), "not a string"), (row("a", "good.jpg", text=""), "blank text"), (row("a", "good.jpg", text=" \n\u200b"), "blank text"),
+    (row("a", "good.jpg", text=text_of("")), "blank text"), (row("a", "good.jpg", text="<image>"), "blank text"),
+    (row("a", "good.jpg", text="a bus"), "mismatch"), (row("a", "good.jpg", text="<image><image>a bus"), "mismatch"),
+    (row("a", "good.jpg", text="<__dj__image><image>a bus"), "mismatch"), (row("a", text=text_of("a bus")), "mismatch"),
+    (row("a", images=None, text=text_of("a bus")), "mismatch"), (row("a", images=[], text=text_of("a bus")), "mismatch"),
+    (row("a", images=float("nan"), text=text_of("a bus")), "mismatch"), (row("a"), "no image"), (row("a", images="good.jpg"), "not a list"),
+    (row("a", images={"0": "good.jpg"}), "not a list"), (row("a", "good.jpg", "good.jpg", text=text_of("a bus")), "mismatch"),
+    (row("a", "good.jpg", text=text_of("half \ud800")), "cannot be written"), (row("a", "good.jpg", note={1, 2}), "cannot be written"),
+    ({"id": "a", "image": "good.jpg", "conversations": []}, "conversations"), ({"id": "a", "image": "good.jpg", "conversations": ["hello"]}, "odd turn"),
+    ({"id": "a", "image": "good.jpg", "conversations": [{"from": "human", "value": None}]}, "null turn"),
+    ({"id": "a", "image": "gone.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}, "missing file"),
+    ({"id": "a", "image": "good.jpg", "conversations": [{"from": "human", "value": "What?"}]}, "mismatch"),
+])
+def test_bad_rows_are_refused_whole(root, bad, expected):
+    result = gate([bad], root)
+    assert not result.accepted and expected in result.rejected[0]["reason"]
+    kept = {k: v for k, v in result.rejected[0].items() if k != "reason"}
+    assert repr(kept) == repr(bad if isinstance(bad, dict) else {"row": bad})
+
+
+def test_objects_that_misbehave_cost_one_row(root):
+    class Odd:
+        def __repr__(self): raise RuntimeError("no")
+    result = gate([row("a", "good.jpg", text=Odd()), row("b", "good.jpg")], root)
+    assert len(result.rejected) == 1 and [r["id"] for r in result.accepted] == ["b"]
+
+
+def test_good_rows_come_back_as_they_were(root):
+    rows = [row("a", "good.jpg", source="web", reason="its own"), row(7, "good.png"), row("two", "good.jpg", "good.png"),
+            row("llava", "good.jpg", text="<image>\na bus"), {"id": "talk", "conversations": [{"from": "human", "value": "hello"}]}]
+    before = json.dumps(rows)
+    result = gate(iter(rows), root)
+    assert json.dumps(result.accepted) == before and not result.rejected
+    assert result.pictures["good.jpg"][:4] == (40, 30, "JPEG", "RGB")
+
+
+def test_a_reason_of_the_rows_own_is_not_overwritten(root):
+    bad = row("a", "gone.jpg", reason="its own")
+    assert gate([bad], root).rejected == [{"row": bad, "reason": "missing file: 'gone.jpg'"}]
+
+
+def test_duplicates(root):
+    rows = [row("a", "gone.jpg"), row("a", "good.jpg"), row("a", "good.png"), row(1, "good.jpg"), row("1", "good.jpg"), row("b", "good.jpg")]
+    result = gate(rows, root)
+    assert [r["id"] for r in result.accepted] == ["a", 1, "b"] and result.accepted[0]["images"] == ["good.jpg"]
+    assert result.counts() == {"duplicate id": 2, "missing file": 1}
+
+
+LINES = [b"\xef\xbb\xbf" + json.dumps(row("first", "good.jpg")).encode(), b"", b"   ", json.dumps(row("windows", "good.jpg")).encode() + b"\r",
+         b'{"id": "cut", "text": "x', b"not json", b'{"id": "bytes", "text": "\xff\xfe"}', b"null", b"[1, 2]", b'{"id": NaN}', b'{"id": "x", "id": "y"}',
+         b"{} {}", b'{"id": ' + b"9" * 5000 + b"}", b"[" * 100_000, json.dumps(row("separator", "good.jpg", note="\u2028")).encode(),
+         json.dumps(row("\u00fc", "good.jpg"), ensure_ascii=False).encode()]
+
+
+def test_lines_of_a_file(root, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(LINES))
+    result = gate(tmp_path / "rows.jsonl", root)
+    assert [r["id"] for r in result.accepted] == ["first", "windows", "separator", "\u00fc"]
+    assert len(result.rejected) == 10 and result.rows == 14
+    for wrong, number in zip(result.rejected[:3], (5, 6, 7)): assert f"line {number}" in wrong["reason"]
+    assert result.rejected[0]["raw"] == '{"id": "cut", "text": "x' and "raw_base64" in result.rejected[2]
+    accepted, rejected = save_gate(result, tmp_path / "gate")
+    assert len(read_dj(accepted)) == 4 and len(read_dj(rejected)) == 10
+    assert gate(str(accepted), root).accepted == result.accepted
+
+
+def test_every_row_is_accounted_for(root):
+    rng, names = random.Random(1), [*GOOD, *DAMAGED, *NO_IMAGE, "gone.jpg", "../secret.jpg", "pipe.jpg"]
+    rows = [rng.choice([None, row(i, rng.choice(names)), row(i, rng.choice(names), text=rng.choice([None, "", "a bus"])), row(i % 50, rng.choice(names))])
+            for i in range(700)]
+    results = [gate(rows, root, threads=n) for n in (1, 4)]
+    assert results[0].accepted == results[1].accepted and results[0].rejected == results[1].rejected
+    assert [r for r, why, _ in iter_gate(rows, root, batch=7)] == rows
+
+
+def test_other_settings_of_pillow_do_not_matter_and_stay(root, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert "truncated" in reason(row("a", "cut0_good.jpg"), root) and reason(row("a", "good.jpg"), root) == ""
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and Image.MAX_IMAGE_PIXELS == 10
+    assert "bomb" in reason(row("a", "good.jpg"), root, max_pixels=1000) and reason(row("a", "bomb.png"), root, max_pixels=200_000_000) == ""
+
+
+def test_what_is_no_source(root, tmp_path):
+    for source, error in ((tmp_path / "none.jsonl", UserError), (tmp_path, UserError), (row("a", "good.jpg"), TypeError), (b"rows", TypeError)):
+        with pytest.raises(error): gate(source, root)
+    with pytest.raises(UserError): gate([], tmp_path / "no_folder")
+    assert gate([], root).rows == 0
+
+
+def test_root_behind_a_link(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    assert reason(row("a", "good.jpg"), tmp_path / "link") == "" and "outside" in reason(row("a", "../secret.jpg"), tmp_path / "link")
+
+
+def test_result_shows_itself_and_is_escaped(root):
+    result = gate([row("<script>", "<b>.jpg"), row("a", "good.jpg")], root)
+    assert "missing file" in repr(result) and "<script>" not in result._repr_html_()
+
+
+def test_captions_and_files(tmp_path):
+    assert caption_of("<__dj__image>\na <|__dj__eoc|><image>\nb <|__dj__eoc|>") == "a b" and count_images("<image><__dj__image>") == 2
+    rows = [row("\u00fc", "a.jpg"), row("x", "b.jpg", note="\ud800")]
+    assert read_dj(write_dj(tmp_path / "new" / "rows.jsonl", rows)) == rows
+    with pytest.raises(UserError, match="line 1"):
+        (tmp_path / "bad.jsonl").write_text("{")
+        read_dj(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.json").write_text('{"id": 1}')
+    with pytest.raises(UserError, match="list"): read_llava(tmp_path / "bad.json")
+
+
+def test_pictures_as_people_see_them():
+    assert open_picture(io.BytesIO(upright())).size == (20, 40)
+    for name, data in GOOD.items(): assert open_picture(io.BytesIO(data)).mode == "RGB", name
+
+
+def test_every_cut_of_a_jpeg_is_found():
+    data = picture(size=(24, 24))
+    with strict_pillow():
+        for at in range(40, len(data) - 1):
+            with pytest.raises(Exception, match="truncated"): decode(data[:at])
