@@ -24,6 +24,11 @@ def animation(format="GIF"):
     return buffer.getvalue()
 
 
+def bomb():
+    Image.new("1", (12_000, 8_000)).save(buffer := io.BytesIO(), "PNG")   # 96 million pixels in 12 kB
+    return buffer.getvalue()
+
+
 def upright():
     im, buffer = Image.new("RGB", (40, 20), "red"), io.BytesIO()
     exif = im.getexif()
@@ -50,7 +55,7 @@ NO_IMAGE = {"page.jpg": b"<html>404</html>", "text.jpg": b"hello", "zeros.jpg": 
 def root(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
     root = base / "root"
-    for name, data in {**GOOD, **DAMAGED, **NO_IMAGE, "empty.jpg": b"", "bomb.png": picture("PNG", (12_000, 8_000), "1")}.items():
+    for name, data in {**GOOD, **DAMAGED, **NO_IMAGE, "empty.jpg": b"", "bomb.png": bomb()}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     (base / "secret.jpg").write_bytes(picture())
