@@ -124,7 +124,7 @@ def _draw_sign(d, s, rng, k, ox, oy):
     "Draws sign or vehicle `s`; `k` pixels per unit, (`ox`, `oy`) the scene's corner"
     cx, cy = ox + k * (48 + rng.uniform(-5, 5)), oy + k * (s.row * 32 + 16 + rng.uniform(-2, 2))
     box = lambda x0, y0, x1, y1: [cx + k * x0, cy + k * y0, cx + k * x1, cy + k * y1]
-    ink, size = (20, 20, 20), (18 if s.big else 11) if s.kind == "sign" else (20 if s.big else 13)
+    ink, size = (20, 20, 20), (18 if s.big else 12) if s.kind == "sign" else (20 if s.big else 14)
     font = _font(max(6, round(k * size)))
     if s.kind == "sign":
         half = 6 + (font.getlength(s.text) / k) / 2
