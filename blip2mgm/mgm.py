@@ -12,28 +12,29 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGE_ID', 'IGNORE', 'IMAGE', 'MODEL_TURN',
            'tower_configs', 'gemma_config', 'model_config', 'build', 'weight_files', 'read_original', 'load_original',
            'stage1_parameters', 'save_original']
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-002
+# %% ../nbs/04_mgm.ipynb #04-mgm-003
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-003
+# %% ../nbs/04_mgm.ipynb #04-mgm-004
 import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-004
+from .core import UserError
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-005
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, GemmaConfig, GemmaForCausalLM
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-009
+# %% ../nbs/04_mgm.ipynb #04-mgm-010
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-010
+# %% ../nbs/04_mgm.ipynb #04-mgm-011
 def pad_to_square(image):
     "The PIL picture on a square ground of CLIP's mean colour, centred."
     from PIL import Image
@@ -44,7 +45,7 @@ def pad_to_square(image):
     ground.paste(image, ((side-w)//2, (side-h)//2))
     return ground
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-013
+# %% ../nbs/04_mgm.ipynb #04-mgm-014
 def resize_and_crop(image, size: int):
     "The PIL picture with its shorter edge resized to `size`, then its central square."
     from PIL import Image
@@ -55,7 +56,7 @@ def resize_and_crop(image, size: int):
     left, top = (w-size)//2, (h-size)//2
     return image.crop((left, top, left+size, top+size))
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-015
+# %% ../nbs/04_mgm.ipynb #04-mgm-016
 def preprocess(
     image,                     # PIL picture, or the path of one
     aspect: str = "pad",       # "pad" (stage 2, evaluation) or "square" (stage 1)
@@ -71,7 +72,7 @@ def preprocess(
     pixels = np.asarray(image, dtype=np.float32)/255
     return torch.from_numpy((pixels-np.float32(CLIP_MEAN))/np.float32(CLIP_STD)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-016
+# %% ../nbs/04_mgm.ipynb #04-mgm-017
 def lowres(
     images_aux: torch.Tensor,  # [B, 3, H, H], normalised
     size: int = 336,           # side of CLIP's input in pixels
@@ -80,7 +81,7 @@ def lowres(
     small = F.interpolate(images_aux.float(), size=(size, size), mode="bilinear", align_corners=False)
     return small.to(images_aux.dtype)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-020
+# %% ../nbs/04_mgm.ipynb #04-mgm-021
 @dataclass
 class MGMConfig:
     "What MGM itself needs to know beside the configurations of its three parts."
@@ -92,7 +93,7 @@ class MGMConfig:
     aspect: str = "pad"                # how evaluation makes pictures square
     original: dict = field(default_factory=dict)  # the checkpoint's own config.json
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-023
+# %% ../nbs/04_mgm.ipynb #04-mgm-024
 @dataclass
 class Features:
     "What the frozen encoders see: small enough to keep on disk."
@@ -104,14 +105,14 @@ class Features:
     def __getitem__(self, which) -> "Features": return Features(self.clip[which], [a[which] for a in self.aux])
     def __len__(self) -> int: return len(self.clip)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-024
+# %% ../nbs/04_mgm.ipynb #04-mgm-025
 def enlarge(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     "All maps at the size of the first, side by side in channels: [B, C, H, H]."
     side = maps[0].shape[-2:]
     up = [F.interpolate(m.float(), size=side, mode="bilinear", align_corners=False) for m in maps[1:]]
     return torch.cat([maps[0].float(), *up], dim=1)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-027
+# %% ../nbs/04_mgm.ipynb #04-mgm-028
 def windows(
     fine: torch.Tensor,  # [B, C, H, H]
     n_patches: int,      # P, a square number
@@ -124,13 +125,13 @@ def windows(
     x = fine.view(B, C, grid, w, grid, w).permute(0, 2, 4, 3, 5, 1)
     return x.reshape(B, n_patches, w*w, C)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-032
+# %% ../nbs/04_mgm.ipynb #04-mgm-033
 def folded(layer: nn.Sequential) -> tuple[torch.Tensor, torch.Tensor]:
     "Weight and bias of LayerNorm -> Linear as one linear map of the standardised input."
     norm, linear = layer
     return linear.weight*norm.weight, linear.bias + linear.weight@norm.bias
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-033
+# %% ../nbs/04_mgm.ipynb #04-mgm-034
 def mine(
     query: nn.Sequential, key: nn.Sequential, value: nn.Sequential,  # each LayerNorm -> Linear
     patches: torch.Tensor,  # [B, P, V]
@@ -145,17 +146,17 @@ def mine(
     seen = torch.einsum("bpw,bpwc->bpc", att, win)
     return patches + seen@Wv.T + bv, att
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-034
+# %% ../nbs/04_mgm.ipynb #04-mgm-035
 def standardise(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     "Zero mean, unit variance over the last axis: a layer norm without weights."
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-037
+# %% ../nbs/04_mgm.ipynb #04-mgm-038
 def norm_linear(n: int, m: int) -> nn.Sequential:
     "LayerNorm(n) then Linear(n, m)."
     return nn.Sequential(nn.LayerNorm(n), nn.Linear(n, m))
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-038
+# %% ../nbs/04_mgm.ipynb #04-mgm-039
 class MGM(nn.Module):
     "CLIP + ConvNeXt + patch info mining + projector + Gemma."
     def __init__(
@@ -180,7 +181,7 @@ class MGM(nn.Module):
         self.clip.eval(); self.convnext.eval()
         return self
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-039
+# %% ../nbs/04_mgm.ipynb #04-mgm-040
 @patch(as_prop=True)
 def gemma(self: MGM) -> GemmaForCausalLM:
     "The language model itself, also when PEFT has wrapped it."
@@ -192,14 +193,14 @@ def device(self: MGM) -> torch.device: return self.mm_projector[0].weight.device
 @patch(as_prop=True)
 def dtype(self: MGM) -> torch.dtype: return self.mm_projector[0].weight.dtype
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-041
+# %% ../nbs/04_mgm.ipynb #04-mgm-042
 def set_activation(lm: GemmaForCausalLM, name: str) -> None:
     "Gemma's activation as the checkpoint names it; `gelu` is the exact (erf) form."
     known = {"gelu": nn.GELU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
     if name not in known: raise ValueError(f"unknown activation {name!r}; known: {', '.join(known)}")
     for layer in lm.model.layers: layer.mlp.act_fn = known[name]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-044
+# %% ../nbs/04_mgm.ipynb #04-mgm-045
 @patch
 @torch.no_grad()
 def vision_features(
@@ -218,7 +219,7 @@ def vision_features(
         maps.append(x)
     return Features(states[self.config.select_layer][:, 1:], maps)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-047
+# %% ../nbs/04_mgm.ipynb #04-mgm-048
 @patch
 def mined(self: MGM, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     "Mined patches [B, P, V] and the attention over each window [B, P, W]."
@@ -232,29 +233,29 @@ def image_tokens(self: MGM, features: Features) -> torch.Tensor:
     "The picture as the language model reads it: [B, P, D]."
     return self.mm_projector(self.mined(features)[0])
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-050
+# %% ../nbs/04_mgm.ipynb #04-mgm-051
 IMAGE_ID, IGNORE = -200, -100
 IMAGE = "<image>"
 MODEL_TURN = "<start_of_turn>model\n"
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-051
+# %% ../nbs/04_mgm.ipynb #04-mgm-052
 def image_first(text: str) -> str:
     "The message with its picture mark moved to the front; several marks become one."
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-053
+# %% ../nbs/04_mgm.ipynb #04-mgm-054
 def render_turn(role: str, text: str) -> str:
     "One turn of the template; a model turn without text is left open for the model to write."
     if not text: return f"<start_of_turn>{role}\n"
     return f"<start_of_turn>{role}\n{text}<end_of_turn>\n" + ("<eos>" if role == "model" else "")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-056
+# %% ../nbs/04_mgm.ipynb #04-mgm-057
 def text_ids(text: str, tokenizer) -> list[int]:
     "Token ids of the text alone, without what the tokenizer puts in front."
     ids, front = tokenizer(text)["input_ids"], tokenizer("")["input_ids"]
     return ids[len(front):] if front and ids[:len(front)] == front else ids
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-057
+# %% ../nbs/04_mgm.ipynb #04-mgm-058
 def token_ids(
     prompt: str,             # rendered conversation
     tokenizer,
@@ -269,7 +270,7 @@ def token_ids(
         if part: ids += text_ids(part, tokenizer)
     return ids
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-060
+# %% ../nbs/04_mgm.ipynb #04-mgm-061
 def label_mask(prompt: str, ids: list[int], tokenizer, has_image: bool, max_length: int) -> list[int]:
     "Labels for `ids`: the model's turns, -100 elsewhere; all -100 where the turns can't be found."
     n_tokens = lambda text: len(token_ids(text, tokenizer, has_image)) - 1
@@ -283,7 +284,7 @@ def label_mask(prompt: str, ids: list[int], tokenizer, has_image: bool, max_leng
     total = sum(i != tokenizer.pad_token_id for i in ids)
     return labels[:len(ids)] if at == total or at >= max_length else [IGNORE]*len(ids)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-061
+# %% ../nbs/04_mgm.ipynb #04-mgm-062
 def render(conversations: list[dict], has_image: bool = True) -> str:
     "A LLaVA conversation in MGM's template; a leading answer without a question is dropped."
     roles = {"human": "user", "gpt": "model"}
@@ -293,7 +294,7 @@ def render(conversations: list[dict], has_image: bool = True) -> str:
         if role != ("user", "model")[i % 2]: raise ValueError(f"turn {i+1}: the speakers must take turns, question first")
     return "".join(render_turn(*t) for t in turns)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-062
+# %% ../nbs/04_mgm.ipynb #04-mgm-063
 def encode_conversation(
     conversations: list[dict],  # LLaVA turns: {"from": "human" | "gpt", "value": text}
     tokenizer,
@@ -306,13 +307,13 @@ def encode_conversation(
     if not has_image: ids = ids[:max_length]
     return dict(prompt=prompt, input_ids=ids, labels=label_mask(prompt, ids, tokenizer, has_image, max_length))
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-066
+# %% ../nbs/04_mgm.ipynb #04-mgm-067
 def encode_question(question: str, tokenizer, has_image: bool = True) -> list[int]:
     "Ids of a question with the model's turn left open: what generation starts from."
     if has_image and IMAGE not in question: question = f"{IMAGE}\n{question}"
     return token_ids(render([{"from": "human", "value": question}, {"from": "gpt", "value": ""}], has_image), tokenizer, has_image)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-069
+# %% ../nbs/04_mgm.ipynb #04-mgm-070
 def collate(
     samples: Sequence,                # dicts with input_ids (and labels), or plain lists of ids
     pad_id: int = 0,
@@ -333,7 +334,7 @@ def collate(
     if all("labels" in r for r in rows): out["labels"] = stack("labels", IGNORE)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-072
+# %% ../nbs/04_mgm.ipynb #04-mgm-073
 @dataclass
 class Splice:
     "Where each place of the spliced batch comes from."
@@ -341,14 +342,14 @@ class Splice:
     mask: torch.Tensor    # [B, L] True where a token is
     text: torch.Tensor    # [B, L] index of the text token, -1 for image tokens and padding
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-073
+# %% ../nbs/04_mgm.ipynb #04-mgm-074
 def picture_numbers(is_image: torch.Tensor) -> torch.Tensor:
     "For each picture mark [B, T] the number of its picture; a sample without one uses up one all the same."
     used = is_image.sum(1).clamp(min=1)
     first = used.cumsum(0) - used
     return first[:, None] + is_image.long().cumsum(1) - 1
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-075
+# %% ../nbs/04_mgm.ipynb #04-mgm-076
 def splice(
     input_ids: torch.Tensor,         # [B, T] with -200 for pictures
     attention_mask: torch.Tensor,    # [B, T]
@@ -370,7 +371,7 @@ def splice(
     column = torch.arange(len(origin), device=keep.device) - (total.cumsum(0)-total)[row]
     return lay_out(row, column, source, torch.where(picture, -1, origin), total, B*T + n_pictures*n_patches, max_length, side)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-076
+# %% ../nbs/04_mgm.ipynb #04-mgm-077
 def lay_out(row, column, source, text, total, blank: int, max_length: Optional[int], side: str) -> Splice:
     "Places in a flat list (row, column) laid out as a padded batch; `blank` is the row of zeros."
     L = int(min(total.max(), max_length or total.max()))
@@ -382,7 +383,7 @@ def lay_out(row, column, source, text, total, blank: int, max_length: Optional[i
     plan.source[row, column], plan.mask[row, column], plan.text[row, column] = source, True, text
     return plan
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-079
+# %% ../nbs/04_mgm.ipynb #04-mgm-080
 @patch
 def embed(
     self: MGM,
@@ -396,20 +397,20 @@ def embed(
     rows = [text] + ([] if tokens is None else [tokens.flatten(0, 1).to(weight.dtype)]) + [text.new_zeros(1, text.shape[1])]
     return torch.cat(rows)[plan.source]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-082
+# %% ../nbs/04_mgm.ipynb #04-mgm-083
 @patch(as_prop=True)
 def embed_scale(self: MGM) -> float:
     "Factor that spliced embeddings still lack."
     return self.gemma.config.hidden_size**0.5 if hasattr(self.gemma.get_input_embeddings(), "embed_scale") else 1.0
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-084
+# %% ../nbs/04_mgm.ipynb #04-mgm-085
 class NoLabels(ValueError):
     "Samples without a single label: their loss is not a number, so they must be left out."
     def __init__(self, samples: list[int]):
         self.samples = samples
         super().__init__(f"every label is masked in sample(s) {samples} of the batch (empty or cut-off answer): leave them out")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-085
+# %% ../nbs/04_mgm.ipynb #04-mgm-086
 class MGMOutput:
     "Result of a forward pass: `.loss`, `.logits` [B, L, vocabulary] (made when asked for), `.labels` [B, L], `.mask`."
     def __init__(self, head, hidden, mask, loss=None, labels=None, n_labels=0, past=None):
@@ -422,13 +423,13 @@ class MGMOutput:
         if self._logits is None: self._logits = self.head(self.hidden)
         return self._logits
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-086
+# %% ../nbs/04_mgm.ipynb #04-mgm-087
 def check_labels(labels: torch.Tensor) -> None:
     "Raises `NoLabels` if a sample of the batch has nothing to learn (the first place predicts nothing)."
     empty = ~(labels[:, 1:] != IGNORE).any(1)
     if empty.any(): raise NoLabels(empty.nonzero().flatten().tolist())
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-087
+# %% ../nbs/04_mgm.ipynb #04-mgm-088
 def token_loss(
     head: nn.Module,        # hidden state -> logits
     hidden: torch.Tensor,   # [B, L, D]
@@ -442,7 +443,7 @@ def token_loss(
     logits = head(hidden[:, :-1][at]).float()
     return F.cross_entropy(logits, want, reduction="sum")/(n_labels or max(len(want), 1)), len(want)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-088
+# %% ../nbs/04_mgm.ipynb #04-mgm-089
 @patch
 def spliced(
     self: MGM, input_ids, attention_mask=None, images=None, images_aux=None, features=None,
@@ -460,7 +461,7 @@ def spliced(
     plan = splice(input_ids, mask, P, self.config.max_length, side, N)
     return self.embed(input_ids, tokens, plan), plan
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-089
+# %% ../nbs/04_mgm.ipynb #04-mgm-090
 @patch
 def forward(
     self: MGM,
@@ -484,7 +485,7 @@ def forward(
     if labels is not None: out.loss, out.n_labels = token_loss(out.head, hidden, labels, n_labels)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-094
+# %% ../nbs/04_mgm.ipynb #04-mgm-095
 def pick(
     logits: torch.Tensor,       # [B, vocabulary]
     temperature: float = 0.0,   # 0: the likeliest token
@@ -497,7 +498,7 @@ def pick(
     p = p.masked_fill(p.cumsum(-1) - p > top_p, 0.0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-096
+# %% ../nbs/04_mgm.ipynb #04-mgm-097
 @patch
 @torch.no_grad()
 def generate(
@@ -527,25 +528,25 @@ def generate(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-099
+# %% ../nbs/04_mgm.ipynb #04-mgm-100
 def stop_ids(tokenizer) -> list[int]:
     "Ids that end an answer: <end_of_turn> and <eos>."
     ids = [tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id]
     return [i for i in ids if i is not None and i != tokenizer.unk_token_id]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-102
+# %% ../nbs/04_mgm.ipynb #04-mgm-103
 def read_part(cls, part, dtype: torch.dtype):
     "A transformers module as it is, or loaded from its folder."
     return part if isinstance(part, nn.Module) else cls.from_pretrained(part, dtype=dtype, use_safetensors=True)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-103
+# %% ../nbs/04_mgm.ipynb #04-mgm-104
 def said_activation(part) -> str:
     "The activation that a Gemma folder's config.json names (read raw: transformers rewrites it)."
     if isinstance(part, nn.Module): return part.config.hidden_act
     said = json.loads((Path(part)/"config.json").read_text())
     return said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-104
+# %% ../nbs/04_mgm.ipynb #04-mgm-105
 def from_parts(
     gemma, clip, convnext,                # transformers folders, or modules
     image_size: Optional[int] = None,     # low-resolution side; CLIP's own if not given
@@ -564,7 +565,7 @@ def from_parts(
     set_activation(model.lm, model.config.hidden_act)
     return model.to(dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-107
+# %% ../nbs/04_mgm.ipynb #04-mgm-108
 PREFIXES = [  # ours, theirs; the first that fits
     ("clip.", "model.vision_tower.vision_tower.vision_model."),
     ("convnext.embeddings.patch_embeddings.", "model.vision_tower_aux.vision_stem.0."),
@@ -575,7 +576,7 @@ PREFIXES = [  # ours, theirs; the first that fits
 PIECES = [("downsampling_layer", "downsample"), ("layers", "blocks"), ("dwconv", "conv_dw"), ("layernorm", "norm"),
           ("pwconv1", "mlp.fc1"), ("pwconv2", "mlp.fc2"), ("layer_scale_parameter", "gamma")]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-108
+# %% ../nbs/04_mgm.ipynb #04-mgm-109
 def original_name(name: str) -> str:
     "Our parameter name in the published checkpoint."
     name = name.replace("clip.vision_model.", "clip.")
@@ -586,7 +587,7 @@ def original_name(name: str) -> str:
         for a, b in PIECES: rest = rest.replace(a, b)
     return theirs + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-109
+# %% ../nbs/04_mgm.ipynb #04-mgm-110
 def our_name(name: str) -> str:
     "A published checkpoint's parameter name in ours."
     ours, theirs = next((p for p in PREFIXES if name.startswith(p[1])), (None, None))
@@ -596,13 +597,13 @@ def our_name(name: str) -> str:
         for a, b in reversed(PIECES): rest = rest.replace(b, a)
     return ours + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-112
+# %% ../nbs/04_mgm.ipynb #04-mgm-113
 FULL_TOWERS = {
     "clip": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
                  patch_size=14, projection_dim=768, hidden_act="quick_gelu"),
     "convnext": dict(dims=[192, 384, 768, 1536], depths=[3, 3, 27, 3])}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-113
+# %% ../nbs/04_mgm.ipynb #04-mgm-114
 def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     "Configurations of the two encoders; CLIP-L/14-336 and ConvNeXt-L where the checkpoint only names them."
     towers = {**FULL_TOWERS, **said.get("towers", {})}
@@ -611,7 +612,7 @@ def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     c = towers["convnext"]
     return clip, ConvNextConfig(hidden_sizes=c["dims"], depths=c["depths"], num_stages=len(c["dims"]), drop_path_rate=0.0, layer_norm_eps=1e-6)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-114
+# %% ../nbs/04_mgm.ipynb #04-mgm-115
 def gemma_config(said: dict) -> GemmaConfig:
     "Gemma's configuration from a published config.json."
     keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -619,11 +620,11 @@ def gemma_config(said: dict) -> GemmaConfig:
             "bos_token_id eos_token_id pad_token_id initializer_range").split()
     return GemmaConfig(**{k: said[k] for k in keys if k in said}, hidden_act="gelu_pytorch_tanh")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-115
+# %% ../nbs/04_mgm.ipynb #04-mgm-116
 def model_config(said: dict) -> MGMConfig:
     "Our configuration from a published config.json; refuses what we do not build."
     for key, ok in dict(mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",), image_grid=(1,)).items():
-        if said.get(key, ok[0]) not in ok: raise ValueError(f"config.json: {key} = {said[key]!r} is not supported (only {ok[0]!r})")
+        if said.get(key, ok[0]) not in ok: raise UserError(f"config.json: {key} = {said[key]!r} is not supported (only {ok[0]!r})")
     towers = said.get("towers", {})
     return MGMConfig(
         image_size=towers.get("lr", towers.get("clip", FULL_TOWERS["clip"])["image_size"]),
@@ -631,7 +632,7 @@ def model_config(said: dict) -> MGMConfig:
         hidden_act=said.get("hidden_act", "gelu"), max_length=said.get("tokenizer_model_max_length", 2048),
         aspect="pad" if said.get("image_aspect_ratio", "pad") == "pad" else "square", original=said)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-116
+# %% ../nbs/04_mgm.ipynb #04-mgm-117
 def build(said: dict) -> MGM:
     "An MGM with untrained weights from a published config.json."
     clip, conv = tower_configs(said)
@@ -639,7 +640,7 @@ def build(said: dict) -> MGM:
     set_activation(model.lm, model.config.hidden_act)
     return model
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-120
+# %% ../nbs/04_mgm.ipynb #04-mgm-121
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a checkpoint folder; raises with advice if there are none, or if one is missing."
     index = folder/"model.safetensors.index.json"
@@ -647,21 +648,21 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder/Path(n).name for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else: files = sorted([*folder.glob("weights.safetensors"), *folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")])
     missing = [f.name for f in files if not f.exists()]
-    if missing: raise FileNotFoundError(f"{folder.name}: {missing[0]} is listed in {index.name} but is not there")
+    if missing: raise UserError(f"{folder.name}: {missing[0]} is listed in {index.name} but is not there")
     if not files:
         pickled = [f.name for f in folder.glob("*.bin")]
         why = f"; {pickled[0]} is a pickle file, which is not opened: convert it to safetensors" if pickled else ""
-        raise FileNotFoundError(f"no safetensors weights in {folder.name}{why}")
+        raise UserError(f"no safetensors weights in {folder.name}{why}")
     return files
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-121
+# %% ../nbs/04_mgm.ipynb #04-mgm-122
 def read_original(folder: Path) -> dict[str, torch.Tensor]:
     "All tensors of a published checkpoint under our names."
     tensors = {our_name(n): t for f in weight_files(folder) for n, t in load_file(f).items()
                if not n.endswith(("position_ids", "rotary_emb.inv_freq"))}
     return tensors
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-122
+# %% ../nbs/04_mgm.ipynb #04-mgm-123
 def load_original(
     folder,                               # holds config.json and safetensors with the original names
     dtype: torch.dtype = torch.float32,
@@ -669,22 +670,22 @@ def load_original(
 ) -> MGM:                                 # in evaluation mode
     "MGM from a published checkpoint folder."
     folder = Path(folder)
-    if not (folder/"config.json").exists(): raise FileNotFoundError(f"{folder} holds no config.json")
+    if not (folder/"config.json").exists(): raise UserError(f"{folder} holds no config.json")
     model = build(json.loads((folder/"config.json").read_text()))
     tensors = read_original(folder)
     own = {n.replace("clip.vision_model.", "clip."): n for n in model.state_dict()}
     missing, unknown = sorted(set(own)-set(tensors)-{"lm.lm_head.weight"}), sorted(set(tensors)-set(own))
-    if missing or unknown: raise ValueError(f"{folder.name}: missing {missing[:3]}, unexpected {unknown[:3]} ({len(missing)} and {len(unknown)} in all)")
+    if missing or unknown: raise UserError(f"{folder.name}: missing {missing[:3]}, unexpected {unknown[:3]} ({len(missing)} and {len(unknown)} in all)")
     model.load_state_dict({own[n]: t for n, t in tensors.items()}, strict=False)
     model.gemma.tie_weights()
     return model.to(device, dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-131
+# %% ../nbs/04_mgm.ipynb #04-mgm-132
 def stage1_parameters(model: MGM) -> dict[str, nn.Parameter]:
     "What stage 1 trains: mining and projector."
     return {n: p for n, p in model.named_parameters() if n.startswith(("vlm_uni_", "mm_projector."))}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-134
+# %% ../nbs/04_mgm.ipynb #04-mgm-135
 def save_original(
     model: MGM,
     folder,               # made if needed
