@@ -285,8 +285,9 @@ def _existence(scene, rng):
     t = rng.choice(scene.things)
     if rng.random() < .5: return ("existence", f"Is there a {t.color} {t.shape}?", "yes")
     here = {(x.color, x.shape) for x in scene.things}
-    # a hard no: the colour or the shape is in the picture, only not together
-    pool = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in here and (c == t.color or s == t.shape)]
+    absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in here]
+    hard = [(c, s) for c, s in absent if c == t.color or s == t.shape]   # its colour or its shape is there, only not together
+    pool = hard if rng.random() < .5 else absent
     c, s = rng.choice(pool)
     return ("existence", f"Is there a {c} {s}?", "no")
 
