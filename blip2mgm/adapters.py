@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'CARD', 'target_pattern', 'QuickDropout', 'reseed', 'attac
            'load_projector', 'merge', 'check_round_trip']
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-003
-import hashlib, json, os, re
+import hashlib, json, os, re, warnings
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 
@@ -65,8 +65,9 @@ def attach(
     from peft import LoraConfig, get_peft_model
     if hasattr(model.lm, "peft_config"): raise ValueError("the model already has an adapter")
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_pattern(targets), bias="none", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore", FutureWarning)
         model.lm = get_peft_model(model.lm, config)
     for p in stage1_parameters(model).values(): p.requires_grad_(True)
     for i, layer in enumerate(lora_layers(model)): layer.lora_dropout["default"] = QuickDropout(dropout, seed + i)

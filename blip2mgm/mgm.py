@@ -6,15 +6,16 @@
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGE_ID', 'IGNORE', 'IMAGE', 'MODEL_TURN', 'PREFIXES', 'PIECES', 'FULL_TOWERS',
            'pad_to_square', 'resize_and_crop', 'preprocess', 'lowres', 'MGMConfig', 'Features', 'enlarge', 'windows',
            'folded', 'mine', 'standardise', 'norm_linear', 'MGM', 'set_activation', 'image_first', 'render_turn',
-           'text_ids', 'token_ids', 'label_mask', 'render', 'encode_conversation', 'encode_question', 'collate',
-           'Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'MGMOutput', 'check_labels', 'token_loss',
-           'pick', 'stop_ids', 'read_part', 'said_activation', 'from_parts', 'original_name', 'our_name',
+           'front_ids', 'text_ids', 'token_ids', 'label_mask', 'render', 'encode_conversation', 'encode_question',
+           'collate', 'Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'MGMOutput', 'check_labels',
+           'token_loss', 'pick', 'stop_ids', 'read_part', 'said_activation', 'from_parts', 'original_name', 'our_name',
            'tower_configs', 'gemma_config', 'model_config', 'build', 'weight_files', 'read_original', 'load_original',
            'stage1_parameters', 'save_original']
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-003
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
 
@@ -29,6 +30,7 @@ from .core import UserError
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-005
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel, GemmaConfig, GemmaForCausalLM
+from transformers.utils import logging as hf_logging
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-010
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -250,19 +252,25 @@ def render_turn(role: str, text: str) -> str:
     return f"<start_of_turn>{role}\n{text}<end_of_turn>\n" + ("<eos>" if role == "model" else "")
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-057
-def text_ids(text: str, tokenizer) -> list[int]:
-    "Token ids of the text alone, without what the tokenizer puts in front."
-    ids, front = tokenizer(text)["input_ids"], tokenizer("")["input_ids"]
-    return ids[len(front):] if front and ids[:len(front)] == front else ids
+@lru_cache(maxsize=8)
+def front_ids(tokenizer) -> list[int]:
+    "What the tokenizer puts in front of every text."
+    return tokenizer("")["input_ids"]
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-058
+def text_ids(text: str, tokenizer) -> list[int]:
+    "Token ids of the text alone, without what the tokenizer puts in front."
+    ids, front = tokenizer(text)["input_ids"], front_ids(tokenizer)
+    return ids[len(front):] if front and ids[:len(front)] == front else ids
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-059
 def token_ids(
     prompt: str,             # rendered conversation
     tokenizer,
     has_image: bool = True,  # whether <image> stands for a picture
 ) -> list[int]:
     "Token ids with the tokenizer's <bos> in front and -200 for the picture."
-    front = tokenizer("")["input_ids"] or [i for i in [tokenizer.bos_token_id] if i is not None]
+    front = front_ids(tokenizer) or [i for i in [tokenizer.bos_token_id] if i is not None]
     parts = prompt.split(IMAGE) if has_image else [prompt]
     ids = list(front)
     for i, part in enumerate(parts):
@@ -270,7 +278,7 @@ def token_ids(
         if part: ids += text_ids(part, tokenizer)
     return ids
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-061
+# %% ../nbs/04_mgm.ipynb #04-mgm-062
 def label_mask(prompt: str, ids: list[int], tokenizer, has_image: bool, max_length: int) -> list[int]:
     "Labels for `ids`: the model's turns, -100 elsewhere; all -100 where the turns can't be found."
     n_tokens = lambda text: len(token_ids(text, tokenizer, has_image)) - 1
@@ -284,7 +292,7 @@ def label_mask(prompt: str, ids: list[int], tokenizer, has_image: bool, max_leng
     total = sum(i != tokenizer.pad_token_id for i in ids)
     return labels[:len(ids)] if at == total or at >= max_length else [IGNORE]*len(ids)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-062
+# %% ../nbs/04_mgm.ipynb #04-mgm-063
 def render(conversations: list[dict], has_image: bool = True) -> str:
     "A LLaVA conversation in MGM's template; a leading answer without a question is dropped."
     roles = {"human": "user", "gpt": "model"}
@@ -294,7 +302,7 @@ def render(conversations: list[dict], has_image: bool = True) -> str:
         if role != ("user", "model")[i % 2]: raise ValueError(f"turn {i+1}: the speakers must take turns, question first")
     return "".join(render_turn(*t) for t in turns)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-063
+# %% ../nbs/04_mgm.ipynb #04-mgm-064
 def encode_conversation(
     conversations: list[dict],  # LLaVA turns: {"from": "human" | "gpt", "value": text}
     tokenizer,
@@ -307,13 +315,13 @@ def encode_conversation(
     if not has_image: ids = ids[:max_length]
     return dict(prompt=prompt, input_ids=ids, labels=label_mask(prompt, ids, tokenizer, has_image, max_length))
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-067
+# %% ../nbs/04_mgm.ipynb #04-mgm-068
 def encode_question(question: str, tokenizer, has_image: bool = True) -> list[int]:
     "Ids of a question with the model's turn left open: what generation starts from."
     if has_image and IMAGE not in question: question = f"{IMAGE}\n{question}"
     return token_ids(render([{"from": "human", "value": question}, {"from": "gpt", "value": ""}], has_image), tokenizer, has_image)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-070
+# %% ../nbs/04_mgm.ipynb #04-mgm-071
 def collate(
     samples: Sequence,                # dicts with input_ids (and labels), or plain lists of ids
     pad_id: int = 0,
@@ -334,7 +342,7 @@ def collate(
     if all("labels" in r for r in rows): out["labels"] = stack("labels", IGNORE)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-073
+# %% ../nbs/04_mgm.ipynb #04-mgm-074
 @dataclass
 class Splice:
     "Where each place of the spliced batch comes from."
@@ -342,14 +350,14 @@ class Splice:
     mask: torch.Tensor    # [B, L] True where a token is
     text: torch.Tensor    # [B, L] index of the text token, -1 for image tokens and padding
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-074
+# %% ../nbs/04_mgm.ipynb #04-mgm-075
 def picture_numbers(is_image: torch.Tensor) -> torch.Tensor:
     "For each picture mark [B, T] the number of its picture; a sample without one uses up one all the same."
     used = is_image.sum(1).clamp(min=1)
     first = used.cumsum(0) - used
     return first[:, None] + is_image.long().cumsum(1) - 1
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-076
+# %% ../nbs/04_mgm.ipynb #04-mgm-077
 def splice(
     input_ids: torch.Tensor,         # [B, T] with -200 for pictures
     attention_mask: torch.Tensor,    # [B, T]
@@ -371,7 +379,7 @@ def splice(
     column = torch.arange(len(origin), device=keep.device) - (total.cumsum(0)-total)[row]
     return lay_out(row, column, source, torch.where(picture, -1, origin), total, B*T + n_pictures*n_patches, max_length, side)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-077
+# %% ../nbs/04_mgm.ipynb #04-mgm-078
 def lay_out(row, column, source, text, total, blank: int, max_length: Optional[int], side: str) -> Splice:
     "Places in a flat list (row, column) laid out as a padded batch; `blank` is the row of zeros."
     L = int(min(total.max(), max_length or total.max()))
@@ -383,7 +391,7 @@ def lay_out(row, column, source, text, total, blank: int, max_length: Optional[i
     plan.source[row, column], plan.mask[row, column], plan.text[row, column] = source, True, text
     return plan
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-080
+# %% ../nbs/04_mgm.ipynb #04-mgm-081
 @patch
 def embed(
     self: MGM,
@@ -397,20 +405,20 @@ def embed(
     rows = [text] + ([] if tokens is None else [tokens.flatten(0, 1).to(weight.dtype)]) + [text.new_zeros(1, text.shape[1])]
     return torch.cat(rows)[plan.source]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-083
+# %% ../nbs/04_mgm.ipynb #04-mgm-084
 @patch(as_prop=True)
 def embed_scale(self: MGM) -> float:
     "Factor that spliced embeddings still lack."
     return self.gemma.config.hidden_size**0.5 if hasattr(self.gemma.get_input_embeddings(), "embed_scale") else 1.0
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-085
+# %% ../nbs/04_mgm.ipynb #04-mgm-086
 class NoLabels(ValueError):
     "Samples without a single label: their loss is not a number, so they must be left out."
     def __init__(self, samples: list[int]):
         self.samples = samples
         super().__init__(f"every label is masked in sample(s) {samples} of the batch (empty or cut-off answer): leave them out")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-086
+# %% ../nbs/04_mgm.ipynb #04-mgm-087
 class MGMOutput:
     "Result of a forward pass: `.loss`, `.logits` [B, L, vocabulary] (made when asked for), `.labels` [B, L], `.mask`."
     def __init__(self, head, hidden, mask, loss=None, labels=None, n_labels=0, past=None):
@@ -423,13 +431,13 @@ class MGMOutput:
         if self._logits is None: self._logits = self.head(self.hidden)
         return self._logits
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-087
+# %% ../nbs/04_mgm.ipynb #04-mgm-088
 def check_labels(labels: torch.Tensor) -> None:
     "Raises `NoLabels` if a sample of the batch has nothing to learn (the first place predicts nothing)."
     empty = ~(labels[:, 1:] != IGNORE).any(1)
     if empty.any(): raise NoLabels(empty.nonzero().flatten().tolist())
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-088
+# %% ../nbs/04_mgm.ipynb #04-mgm-089
 def token_loss(
     head: nn.Module,        # hidden state -> logits
     hidden: torch.Tensor,   # [B, L, D]
@@ -443,7 +451,7 @@ def token_loss(
     logits = head(hidden[:, :-1][at]).float()
     return F.cross_entropy(logits, want, reduction="sum")/(n_labels or max(len(want), 1)), len(want)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-089
+# %% ../nbs/04_mgm.ipynb #04-mgm-090
 @patch
 def spliced(
     self: MGM, input_ids, attention_mask=None, images=None, images_aux=None, features=None,
@@ -461,7 +469,7 @@ def spliced(
     plan = splice(input_ids, mask, P, self.config.max_length, side, N)
     return self.embed(input_ids, tokens, plan), plan
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-090
+# %% ../nbs/04_mgm.ipynb #04-mgm-091
 @patch
 def forward(
     self: MGM,
@@ -485,7 +493,7 @@ def forward(
     if labels is not None: out.loss, out.n_labels = token_loss(out.head, hidden, labels, n_labels)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-095
+# %% ../nbs/04_mgm.ipynb #04-mgm-096
 def pick(
     logits: torch.Tensor,       # [B, vocabulary]
     temperature: float = 0.0,   # 0: the likeliest token
@@ -498,7 +506,7 @@ def pick(
     p = p.masked_fill(p.cumsum(-1) - p > top_p, 0.0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-097
+# %% ../nbs/04_mgm.ipynb #04-mgm-098
 @patch
 @torch.no_grad()
 def generate(
@@ -528,25 +536,29 @@ def generate(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-100
+# %% ../nbs/04_mgm.ipynb #04-mgm-101
 def stop_ids(tokenizer) -> list[int]:
     "Ids that end an answer: <end_of_turn> and <eos>."
     ids = [tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id]
     return [i for i in ids if i is not None and i != tokenizer.unk_token_id]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-103
-def read_part(cls, part, dtype: torch.dtype):
-    "A transformers module as it is, or loaded from its folder."
-    return part if isinstance(part, nn.Module) else cls.from_pretrained(part, dtype=dtype, use_safetensors=True)
-
 # %% ../nbs/04_mgm.ipynb #04-mgm-104
+def read_part(cls, part, dtype: torch.dtype):
+    "A transformers module as it is, or loaded from its folder (without transformers' progress bars)."
+    if isinstance(part, nn.Module): return part
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try: return cls.from_pretrained(part, dtype=dtype, use_safetensors=True)
+    finally: shown and hf_logging.enable_progress_bar()
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-105
 def said_activation(part) -> str:
     "The activation that a Gemma folder's config.json names (read raw: transformers rewrites it)."
     if isinstance(part, nn.Module): return part.config.hidden_act
     said = json.loads((Path(part)/"config.json").read_text())
     return said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-105
+# %% ../nbs/04_mgm.ipynb #04-mgm-106
 def from_parts(
     gemma, clip, convnext,                # transformers folders, or modules
     image_size: Optional[int] = None,     # low-resolution side; CLIP's own if not given
@@ -565,7 +577,7 @@ def from_parts(
     set_activation(model.lm, model.config.hidden_act)
     return model.to(dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-108
+# %% ../nbs/04_mgm.ipynb #04-mgm-109
 PREFIXES = [  # ours, theirs; the first that fits
     ("clip.", "model.vision_tower.vision_tower.vision_model."),
     ("convnext.embeddings.patch_embeddings.", "model.vision_tower_aux.vision_stem.0."),
@@ -576,7 +588,7 @@ PREFIXES = [  # ours, theirs; the first that fits
 PIECES = [("downsampling_layer", "downsample"), ("layers", "blocks"), ("dwconv", "conv_dw"), ("layernorm", "norm"),
           ("pwconv1", "mlp.fc1"), ("pwconv2", "mlp.fc2"), ("layer_scale_parameter", "gamma")]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-109
+# %% ../nbs/04_mgm.ipynb #04-mgm-110
 def original_name(name: str) -> str:
     "Our parameter name in the published checkpoint."
     name = name.replace("clip.vision_model.", "clip.")
@@ -587,7 +599,7 @@ def original_name(name: str) -> str:
         for a, b in PIECES: rest = rest.replace(a, b)
     return theirs + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-110
+# %% ../nbs/04_mgm.ipynb #04-mgm-111
 def our_name(name: str) -> str:
     "A published checkpoint's parameter name in ours."
     ours, theirs = next((p for p in PREFIXES if name.startswith(p[1])), (None, None))
@@ -597,13 +609,13 @@ def our_name(name: str) -> str:
         for a, b in reversed(PIECES): rest = rest.replace(b, a)
     return ours + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-113
+# %% ../nbs/04_mgm.ipynb #04-mgm-114
 FULL_TOWERS = {
     "clip": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
                  patch_size=14, projection_dim=768, hidden_act="quick_gelu"),
     "convnext": dict(dims=[192, 384, 768, 1536], depths=[3, 3, 27, 3])}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-114
+# %% ../nbs/04_mgm.ipynb #04-mgm-115
 def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     "Configurations of the two encoders; CLIP-L/14-336 and ConvNeXt-L where the checkpoint only names them."
     towers = {**FULL_TOWERS, **said.get("towers", {})}
@@ -612,7 +624,7 @@ def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     c = towers["convnext"]
     return clip, ConvNextConfig(hidden_sizes=c["dims"], depths=c["depths"], num_stages=len(c["dims"]), drop_path_rate=0.0, layer_norm_eps=1e-6)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-115
+# %% ../nbs/04_mgm.ipynb #04-mgm-116
 def gemma_config(said: dict) -> GemmaConfig:
     "Gemma's configuration from a published config.json."
     keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -620,7 +632,7 @@ def gemma_config(said: dict) -> GemmaConfig:
             "bos_token_id eos_token_id pad_token_id initializer_range").split()
     return GemmaConfig(**{k: said[k] for k in keys if k in said}, hidden_act="gelu_pytorch_tanh")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-116
+# %% ../nbs/04_mgm.ipynb #04-mgm-117
 def model_config(said: dict) -> MGMConfig:
     "Our configuration from a published config.json; refuses what we do not build."
     for key, ok in dict(mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",), image_grid=(1,)).items():
@@ -632,7 +644,7 @@ def model_config(said: dict) -> MGMConfig:
         hidden_act=said.get("hidden_act", "gelu"), max_length=said.get("tokenizer_model_max_length", 2048),
         aspect="pad" if said.get("image_aspect_ratio", "pad") == "pad" else "square", original=said)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-117
+# %% ../nbs/04_mgm.ipynb #04-mgm-118
 def build(said: dict) -> MGM:
     "An MGM with untrained weights from a published config.json."
     clip, conv = tower_configs(said)
@@ -640,7 +652,7 @@ def build(said: dict) -> MGM:
     set_activation(model.lm, model.config.hidden_act)
     return model
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-121
+# %% ../nbs/04_mgm.ipynb #04-mgm-122
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a checkpoint folder; raises with advice if there are none, or if one is missing."
     index = folder/"model.safetensors.index.json"
@@ -655,14 +667,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"no safetensors weights in {folder.name}{why}")
     return files
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-122
+# %% ../nbs/04_mgm.ipynb #04-mgm-123
 def read_original(folder: Path) -> dict[str, torch.Tensor]:
     "All tensors of a published checkpoint under our names."
     tensors = {our_name(n): t for f in weight_files(folder) for n, t in load_file(f).items()
                if not n.endswith(("position_ids", "rotary_emb.inv_freq"))}
     return tensors
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-123
+# %% ../nbs/04_mgm.ipynb #04-mgm-124
 def load_original(
     folder,                               # holds config.json and safetensors with the original names
     dtype: torch.dtype = torch.float32,
@@ -680,12 +692,12 @@ def load_original(
     model.gemma.tie_weights()
     return model.to(device, dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-132
+# %% ../nbs/04_mgm.ipynb #04-mgm-133
 def stage1_parameters(model: MGM) -> dict[str, nn.Parameter]:
     "What stage 1 trains: mining and projector."
     return {n: p for n, p in model.named_parameters() if n.startswith(("vlm_uni_", "mm_projector."))}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-135
+# %% ../nbs/04_mgm.ipynb #04-mgm-136
 def save_original(
     model: MGM,
     folder,               # made if needed
