@@ -26,14 +26,13 @@ lab: $(READY) ## open the notebooks in JupyterLab (this machine only)
 	@$(BIN)/blip2mgm lab
 
 foundation: $(READY) ## train the shipped small models again
-	@$(BIN)/blip2mgm foundation
+	@$(BIN)/blip2mgm run foundation
 
 export: $(READY) ## write blip2mgm/ from the notebooks and clean the notebooks
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && echo "blip2mgm/ is up to date"
 
-readme: $(READY) ## write README.md from nbs/index.ipynb
-	@$(BIN)/python -m nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_cell_tags=not-readme --output-dir=. --output=README nbs/index.ipynb
+readme: $(READY) ## run nbs/index.ipynb and write README.md from it
+	@$(BIN)/python tests/readme.py
 	@echo "README.md is up to date"
 
 clean: ## remove the environment and what Python left behind; runs/ stays

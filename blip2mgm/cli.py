@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_names', 'profiles', 'profile_folder', 'config_class', 'cell_parameters', 'Step', 'load_step', 'needs',
-           'load_profile', 'kernel_manager', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
+           'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
            'write_page', 'only_one', 'leftovers', 'end_leftovers', 'chosen', 'run_step', 'run_profile', 'verdict',
            'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_check', 'do_status',
            'do_list', 'do_lab', 'do_clean', 'parser', 'main']
@@ -105,14 +105,18 @@ def _missing(steps) -> list[str]:
     return [f"{s.name} builds on {n}, and there is no {show_path(s.file.with_name(f'{n}.yaml'))}" for s in steps for n in needs(s.name) if n not in have]
 
 # %% ../nbs/80_cli.ipynb #80-cli-016
-def kernel_manager(folder):
-    "A kernel manager whose kernel is this very Python; `folder` is a short-lived one for its files"
+def kernel_class(folder, log):
+    "The class of a kernel manager that starts this very Python; `folder` is a short-lived one for its files, `log` takes what it says outside the notebook"
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-    km = AsyncKernelManager(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json")
-    km._kernel_spec = KernelSpec(argv=argv, display_name="Python (blip2mgm)", language="python", env={"IPYTHONDIR": f"{folder}/ipython"})
-    return km
+
+    class ThisPython(AsyncKernelManager):
+        def __init__(self, **kw):
+            super().__init__(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json", **kw)
+            self._kernel_spec = KernelSpec(argv=argv, display_name="Python (blip2mgm)", language="python", env={"IPYTHONDIR": f"{folder}/ipython"})
+        async def start_kernel(self, **kw): return await self._async_start_kernel(stdout=log, stderr=log, **kw)
+    return ThisPython
 
 # %% ../nbs/80_cli.ipynb #80-cli-017
 def execute(notebook, output, values:dict, progress) -> None:
@@ -120,9 +124,13 @@ def execute(notebook, output, values:dict, progress) -> None:
     import logging
     from papermill import execute_notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="b2m") as folder, _environment(BLIP2MGM_PROGRESS=str(progress), TOKENIZERS_PARALLELISM="false"):
-        execute_notebook(notebook, output, values, kernel_name="python3", language="python", progress_bar=False, km=kernel_manager(folder))
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (tempfile.TemporaryDirectory(prefix="b2m") as folder, open(output.with_suffix(".log"), "wb") as log,
+          _environment(BLIP2MGM_PROGRESS=str(progress), TOKENIZERS_PARALLELISM="false")):
+        execute_notebook(notebook, output, values, kernel_name="python3", language="python", progress_bar=False,
+                         kernel_manager_class=kernel_class(folder, log))
+    output.with_suffix(".log").unlink()
 
 @contextlib.contextmanager
 def _environment(**values):
@@ -149,8 +157,13 @@ def failure(stage:str, error:Exception, output, again:str) -> StageFailed:
            "its process died without a word, which most often means that the memory was used up"
     place = f" in {_where(error)}" if known else ""
     failed = StageFailed(f"the stage {stage} failed{place}\n  {what}\n  how far it got: {show_path(output)}\n  to go on from there: {again}")
-    failed.details = "\n".join(error.traceback) if known else str(error)
+    failed.details = "\n".join(error.traceback) if known else f"{type(error).__name__}: {error}\n{_log(output)}"
     return failed
+
+def _log(output) -> str:
+    "What a notebook's process said outside the notebook"
+    log = Path(output).with_suffix(".log")
+    return log.read_text(errors="replace") if log.is_file() else ""
 
 # %% ../nbs/80_cli.ipynb #80-cli-024
 def duration(seconds:float) -> str:
@@ -387,6 +400,7 @@ def _report(error, debug) -> int:
 def main(argv:list[str]|None=None) -> int:
     "The command `blip2mgm`; returns its exit status: 0 well, 1 a stage failed, 2 something to put right first, 130 stopped"
     args = parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: return args.do(args) or 0
     except KeyboardInterrupt: print("\nstopped; the same command goes on from there", file=sys.stderr); return 130
     except Exception as e:
