@@ -1,0 +1,247 @@
+"The report: planted effects are found, equal arms are not told apart, and a file that was touched stops it by name."
+import json
+import random
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from blip2mgm.core import UserError, data_fingerprint, file_hash, machine, read_json, result_hash, versions, write_json, write_jsonl
+from blip2mgm.data import gate, text_of
+from blip2mgm.evaluate import EvaluateConfig, Reply, ask_about, keep_answers
+from blip2mgm.explore import analyse
+from blip2mgm.pictures import ensure_world
+from blip2mgm.report import (Artefacts, ReportConfig, banner, build, compare_arms, finish_comparison, flip_rows, flipped_answers, gallery, md_table, page_of,
+                             pick_flips, plot_scores, plot_verdict, publish, report_md, training_rows, verdict_of, write_comparison)
+from blip2mgm.tasks import majority, mark, summarise
+
+RATES = {"raw": 0.45, "blip2_filtered": 0.75, "random": 0.45, "raw_again": 0.45}
+EVIL = "<script>alert('no')</script>"
+
+
+def keep_record(run, stage, upstream=()):
+    "A record as a finished stage leaves it."
+    files = sorted(f for f in (run / stage).rglob("*") if f.is_file())
+    write_json(run / stage / "record.json", {
+        "stage": stage, "outputs": {f.relative_to(run / stage).as_posix(): file_hash(f) for f in files}, "data": data_fingerprint(run / "data"), "code": "0" * 64,
+        "upstream": {u: result_hash(read_json(run / u / "record.json")) for u in upstream}, "versions": versions(), "machine": machine(), "seconds": 1.0,
+        "start": "2025-01-01T00:00:00+00:00"})
+
+
+def say(rng, q, rate):
+    "A right or a wrong answer."
+    if rng.random() < rate: return q.answers[0] if q.options else max(set(q.answers), key=q.answers.count)
+    return rng.choice([k for k in "ABCD" if k not in q.answers]) if q.options else EVIL
+
+
+def seeds_of(arm): return [100, 101, 102] if arm == "raw_again" else [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run folder as the stages leave it, with made-up answers."
+    run = tmp_path_factory.mktemp("run")
+    root = ensure_world(run / "data", "smoke", 1)
+    gated = gate(root / "captions.jsonl", root)
+    write_json(run / "explore/analysis_results.json", analyse(gated))
+    keep_record(run, "explore")
+    for arm in RATES:
+        rows = gated.accepted if arm.startswith("raw") else gated.accepted[::2]
+        if arm == "blip2_filtered": rows = [r | {"text": text_of(f"a picture of two shapes: at the top a red circle {EVIL}")} for r in rows]
+        write_jsonl(run / f"enhance/arms/{arm}/captions.jsonl", rows)
+    write_json(run / "enhance/summary.json", {"rows": {"in": gated.rows}, "operators": [{"operator": "words_num_filter", "before": 9, "after": 5, "dropped": 4}],
+                                              "agreement": {"raw": {"color": {"right": 1, "n": 2, "share": 0.5}}}})
+    keep_record(run, "enhance")
+    for arm in RATES:
+        for seed in seeds_of(arm):
+            for stage in (1, 2):
+                write_jsonl(run / f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl", [{"step": i, "loss": 3 / (i + 1), "grad_norm": 1.0, "lr": 1e-3} for i in range(20)])
+    keep_record(run, "train", ["enhance"])
+    asked, scores = ask_about(root, EvaluateConfig(run=str(run))), []
+    for arm, rate in RATES.items():
+        for seed in seeds_of(arm):
+            rng = random.Random(f"{arm} {seed}")
+            for task, qs in asked.items():
+                said = [say(rng, q, rate) for q in qs]
+                scores.append(keep_answers(run / f"evaluate/{arm}/seed{seed}/{task}", task, qs, said, [Reply(ended=True)] * len(qs), {"weights": "w"}, {"arm": arm, "seed": seed}))
+    blind = {task: summarise(task, mark(task, qs, majority(qs))) for task, qs in asked.items()}
+    write_json(run / "evaluate/scores.json", {"scores": scores, "majority": blind})
+    keep_record(run, "evaluate", ["train"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def cfg(run): return ReportConfig(run=str(run), flips=6)
+
+
+@pytest.fixture(scope="module")
+def built(run, cfg):
+    art = Artefacts(run)
+    out, tables, compared, logs = build(art, cfg)
+    flipped = [f for task in ("textvqa", "mmbench") for f in flipped_answers(art, tables, task, cfg, 3)]
+    return finish_comparison(out, art, cfg, flipped), tables, compared, logs
+
+
+def test_a_planted_effect_is_found_and_its_controls_are_quiet(built):
+    out, _, compared, _ = built
+    assert out["verdicts"]["textvqa"] == "better" and out["trusted"] and not out["warnings"]
+    assert "better than with those of raw on textvqa" in out["sentence"]
+    assert {(c["arm"], c["verdict"]) for c in out["comparisons"] if c["arm"] != "blip2_filtered"} == {("random", "no difference shown"), ("raw_again", "no difference shown")}
+    assert [c.arm for c in compared][-2:] == ["raw_again", "raw_again"] and "A/A" in out["controls"][-1]
+
+
+def test_numbers_are_those_of_the_answer_files(run, built):
+    out = built[0]
+    for s in out["scores"]:
+        files = [read_json(run / f"evaluate/{s['arm']}/seed{k}/{s['task']}/scores.json")["overall"] for k in s["seeds"]]
+        assert s["per_seed"] == pytest.approx(files) and s["value"] == pytest.approx(sum(files) / 3)
+    for c in out["comparisons"]:
+        means = [next(s["value"] for s in out["scores"] if (s["task"], s["arm"]) == (c["task"], arm)) for arm in (c["arm"], "raw")]
+        assert c["value"] == pytest.approx(means[0] - means[1]) and c["low"] <= c["value"] <= c["high"]
+    assert out["seeds"] == {arm: seeds_of(arm) for arm in RATES}
+
+
+def test_every_number_names_files_and_every_file_has_its_hash(run, built):
+    out = built[0]
+    for name, was in out["files"].items():
+        if not name.startswith("blip2mgm/"): assert file_hash(run / name) == was
+    for part in ("comparisons", "scores", "majority", "by_type", "flips", "data", "training", "captioner", "shown"):
+        for row in out[part]: assert row["from"] and all(name in out["files"] for name in row["from"]), part
+    for stage in ("explore", "enhance", "train", "evaluate"): assert f"{stage}/record.json" in out["files"]
+    json.dumps(out, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["explore/analysis_results.json", "enhance/summary.json", "enhance/arms/random/captions.jsonl", "train/raw/seed1/stage2/steps.jsonl",
+                                  "evaluate/scores.json", "evaluate/blip2_filtered/seed2/mmbench/answers.jsonl"])
+def test_a_file_that_was_touched_or_is_gone_stops_the_report_by_its_name(run, cfg, name):
+    path = run / name
+    before = path.read_bytes()
+    try:
+        path.write_bytes(before + b" ")
+        with pytest.raises(UserError, match=f"{re.escape(name)} was changed"): build(Artefacts(run), cfg)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{re.escape(name)} is missing"): build(Artefacts(run), cfg)
+    finally: path.write_bytes(before)
+
+
+def changed_record(run, stage, change):
+    path = run / stage / "record.json"
+    before = path.read_text()
+    write_json(path, change(json.loads(before)))
+    return lambda: path.write_text(before)
+
+
+@pytest.mark.parametrize("stage, change, message", [
+    ("train", lambda r: r | {"outputs": r["outputs"] | {"more": "0" * 64}}, "evaluate was made from another result of train"),
+    ("enhance", lambda r: r | {"data": "other"}, "enhance saw other data"),
+    ("enhance", lambda r: r | {"outputs": r["outputs"] | {"arms/raw_again/captions.jsonl": "0" * 64}}, "train was made from another result|not those of raw"),
+    ("evaluate", lambda r: r | {"outputs": {k: v for k, v in r["outputs"].items() if "raw/seed1" not in k}}, "with the same number of seeds"),
+])
+def test_results_that_do_not_belong_together_are_refused(run, cfg, stage, change, message):
+    restore = changed_record(run, stage, change)
+    try:
+        with pytest.raises(UserError, match=message): build(Artefacts(run), cfg)
+    finally: restore()
+
+
+def test_an_unfinished_stage_is_named(run, cfg):
+    (run / "train/record.json").rename(run / "train/away.json")
+    try:
+        with pytest.raises(UserError, match="train is not finished"): build(Artefacts(run), cfg)
+    finally: (run / "train/away.json").rename(run / "train/record.json")
+
+
+def table(rng, rate, seeds=3, n=240, seed_sd=0.02):
+    chance = np.clip(rate + rng.normal(0, seed_sd, (seeds, 1)) + np.random.default_rng(7).uniform(-0.2, 0.2, n), 0, 1)
+    return {"seeds": list(range(seeds)), "units": list(range(n)), "clusters": [i // 4 for i in range(n)], "kinds": ["k"] * n, "scores": (rng.random((seeds, n)) < chance).astype(float).tolist(), "from": ["x"]}
+
+
+def test_arms_with_the_same_data_are_rarely_told_apart():
+    said = [verdict_of(compare_arms({("t", arm): table(np.random.default_rng([i, j]), 0.5) for j, arm in enumerate(RATES)}, ReportConfig()), ReportConfig()) for i in range(100)]
+    assert sum(v["trusted"] for v in said) >= 90 and sum(v["verdicts"]["t"] == "no difference shown" for v in said) >= 90
+
+
+def test_a_control_that_differs_is_said_loudly():
+    rng = np.random.default_rng(0)
+    tables = {("t", arm): table(rng, 0.8 if arm == "raw_again" else 0.4) for arm in RATES}
+    v = verdict_of(compare_arms(tables, ReportConfig()), ReportConfig())
+    assert not v["trusted"] and v["headline"] == "not to be trusted" and v["sentence"].startswith("This run is not to be trusted")
+    assert "&#9888;" in banner(v).page and "raw_again" in v["warnings"][0]
+
+
+def test_without_control_or_with_one_seed_the_report_says_so():
+    rng = np.random.default_rng(0)
+    tables = {("t", arm): table(rng, r, seeds=1) for arm, r in (("raw", 0.2), ("blip2_filtered", 0.9))}
+    v = verdict_of(compare_arms(tables, ReportConfig()), ReportConfig())
+    assert v["verdicts"] == {"t": "no difference shown"} and "no A/A arm" in v["warnings"][0] and "one seed" in v["warnings"][1]
+    with pytest.raises(UserError, match="no answers of other"): verdict_of(compare_arms(tables, ReportConfig()), ReportConfig(arm="other"))
+
+
+def test_better_here_and_worse_there():
+    rng = np.random.default_rng(0)
+    tables = {(t, arm): table(rng, 0.9 if (arm == "blip2_filtered") == (t == "a") else 0.3) for t in "ab" for arm in RATES}
+    v = verdict_of(compare_arms(tables, ReportConfig()), ReportConfig())
+    assert v["headline"] == "better on a, worse on b" and "better than with those of raw on a" in v["sentence"] and "and worse than" in v["sentence"]
+
+
+def test_flips_take_no_side(built):
+    rows = [{"unit": i, "kind": "k", "gained": i % 4, "lost": 0} for i in range(20)] + [{"unit": 20 + i, "kind": "k", "gained": 0, "lost": 1} for i in range(5)]
+    ways = [way for _, way in pick_flips(rows, 8, 0)]
+    assert ways.count("gained") == ways.count("lost") == 4 and pick_flips([], 8, 0) == []
+    assert [r["gained"] for r, way in pick_flips(rows, 8, 0) if way == "gained"] == [3] * 4
+    for f in built[0]["shown"]: assert f["base"] != f["arm"] and f["seeds"] <= f["of"] == 3
+    moved = flip_rows(built[1], "mmbench", "blip2_filtered", "raw")
+    net = sum(r["gained"] - r["lost"] for r in moved) / len(moved) / 3
+    assert net == pytest.approx(next(c["value"] for c in built[0]["comparisons"] if (c["arm"], c["task"]) == ("blip2_filtered", "mmbench")))
+
+
+def test_numbers_that_are_none_do_not_stop_the_tables():
+    rows = training_rows({"raw": {0: {1: [{"loss": None, "grad_norm": float("nan")}]}}})
+    assert rows[0]["first_loss"] is None and rows[0]["steps_without_number"] == 1
+
+
+def test_page_is_self_contained_and_strangers_text_is_escaped(run, cfg, built, tmp_path):
+    out, _, compared, _ = built
+    root = run / "data"
+    questions = {(t, q.id): q for t, qs in ask_about(root, EvaluateConfig(run=str(run))).items() for q in qs}
+    cards, bits = gallery(out["shown"], questions, "raw", "blip2_filtered"), nbformat.v4
+    assert "data:image/jpeg;base64," in cards.page and EVIL not in cards.page and "&lt;script&gt;" in cards.page
+    shown = [bits.new_output("display_data", {"text/html": x._repr_html_(), "text/plain": repr(x)}) for x in (banner(out), cards)]
+    cells = [bits.new_markdown_cell("# Made of"), bits.new_code_cell("secret = 1", outputs=[bits.new_output("stream", text="not shown")]), bits.new_markdown_cell("# The report"),
+             bits.new_code_cell("banner(out)", outputs=shown), bits.new_markdown_cell("## Data"), bits.new_code_cell("x = 1")]
+    nbformat.write(bits.new_notebook(cells=cells), tmp_path / "report.ipynb")
+    page = page_of(tmp_path / "report.ipynb", "Title & more")
+    assert not re.search(r"<(script|link|iframe|object)\b", page) and not re.search(r"""(src|href)=["']?(https?:)?//""", page) and "default-src 'none'" in page
+    assert "banner(out)" not in page and "secret" not in page and "not shown" not in page and 'href="#part1">Data' in page and "Title &amp; more" in page
+    with pytest.raises(UserError, match="no cell with the heading"): page_of(_without_heading(tmp_path), "x")
+
+
+def _without_heading(folder):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Other")]), folder / "other.ipynb")
+    return folder / "other.ipynb"
+
+
+def test_files_of_the_report(built, tmp_path):
+    out = built[0]
+    write_comparison(out, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Better on") and "](report/difference.png)" in text and "](difference.png)" in (tmp_path / "report/report.md").read_text()
+    assert read_json(tmp_path / "comparison.json")["sentence"] == out["sentence"] and EVIL not in text
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# The report")])
+    nbformat.write(notebook, tmp_path / "done.ipynb")
+    assert publish(tmp_path, tmp_path / "done.ipynb") == tmp_path / "report.html" and (tmp_path / "report.ipynb").is_file()
+    assert report_md(read_json(tmp_path / "comparison.json")) == text   # the text follows from the file alone
+
+
+def test_markdown_tables_escape():
+    assert md_table([{"a": "x|y\n<b>", "b": 1234, "c": None}]).splitlines()[-1] == r"| x\|y \<b\> | 1,234 |  |"
+
+
+def test_figures_draw(built, cfg, tmp_path):
+    out, _, compared, _ = built
+    plot_verdict(compared, cfg).savefig(tmp_path / "a.png")
+    plot_scores(out["scores"], {m["task"]: m["value"] for m in out["majority"]}).savefig(tmp_path / "b.png")
+    same = compare_arms({("t", arm): table(np.random.default_rng(0), 0.5) for arm in RATES}, cfg)   # no difference at all
+    plot_verdict(same, cfg).savefig(tmp_path / "c.png")
