@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'STYLE', 'PAGE', 'TOP', 'ReportConfig', 'Artefacts', 'check_chain', 'check_again', 'data_rows', 'data_table',
-           'training_logs', 'training_rows', 'training_table', 'score_tables', 'arm_scores', 'compare_arms',
-           'main_sentence', 'verdict_of', 'Shown', 'folded', 'banner', 'plot_verdict', 'score_table',
+           'training_logs', 'training_rows', 'training_table', 'samples_seen', 'unfair', 'score_tables', 'arm_scores',
+           'compare_arms', 'main_sentence', 'verdict_of', 'Shown', 'folded', 'banner', 'plot_verdict', 'score_table',
            'difference_table', 'plot_scores', 'flip_rows', 'flip_table', 'pick_flips', 'flipped_answers', 'truth_of',
            'gallery', 'captioner_rows', 'captioner_table', 'limits', 'provenance', 'environment', 'plain', 'build',
            'by_type', 'type_table', 'rows_of_enhance', 'finish_comparison', 'md_table', 'report_md', 'page_of',
@@ -134,7 +134,7 @@ def training_rows(logs: dict) -> list[dict]:
     out, mean = [], lambda values: fmean(values) if values else None
     for arm, seed, stage, rows in ((a, s, g, rows) for a, seeds in logs.items() for s, stages in seeds.items() for g, rows in stages.items()):
         losses, tenth = _finite(r.get("loss") for r in rows), max(1, len(rows) // 10)
-        out.append({"arm": arm, "seed": seed, "stage": stage, "steps": len(rows), "first_loss": mean(losses[:tenth]), "last_loss": mean(losses[-tenth:]),
+        out.append({"arm": arm, "seed": seed, "stage": stage, "steps": len(rows), "samples": sum(r.get("samples", 0) for r in rows), "first_loss": mean(losses[:tenth]), "last_loss": mean(losses[-tenth:]),
                     "gradient_norm": mean(_finite(r.get("grad_norm") for r in rows)), "steps_without_number": len(rows) - len(losses),
                     "from": [f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl"]})
     return out
@@ -149,7 +149,16 @@ def training_table(rows: list[dict]) -> list[dict]:
                     (("first loss", "first_loss"), ("last loss", "last_loss"), ("gradient norm", "gradient_norm"))}, "steps without a number": sum(r["steps_without_number"] for r in mine)})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-023
+# %% ../nbs/50_report.ipynb #50-report-022
+def samples_seen(rows: list[dict]) -> dict[int, list[int]]:
+    "The different numbers of samples that arms and seeds saw, by stage; one number each if all is well."
+    return {stage: sorted({r["samples"] for r in rows if r["stage"] == stage}) for stage in sorted({r["stage"] for r in rows})}
+
+def unfair(rows: list[dict]) -> list[str]:
+    "A warning for each stage in which arms or seeds saw different numbers of samples."
+    return [f"arms or seeds saw different numbers of samples in stage {stage} ({', '.join(f'{n:,}' for n in seen)})" for stage, seen in samples_seen(rows).items() if len(seen) > 1]
+
+# %% ../nbs/50_report.ipynb #50-report-025
 def score_tables(art: Artefacts, arms: list[str], tasks: list[str]) -> dict[tuple[str, str], dict]:
     "For each task and arm the table of scores with seeds, units, clusters, kinds, and the answer files it was read from."
     from blip2mgm.evaluate import score_matrix
@@ -163,7 +172,7 @@ def score_tables(art: Artefacts, arms: list[str], tasks: list[str]) -> dict[tupl
             out[task, arm] = score_matrix(art.run/"evaluate", arm, task, [int(name.split("/")[2][4:]) for name in files]) | {"from": files}
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-024
+# %% ../nbs/50_report.ipynb #50-report-026
 def arm_scores(tables: dict, level: float) -> list[dict]:
     "For each task and arm: mean score with its interval and each seed's score."
     from blip2mgm.stats import estimate
@@ -181,7 +190,7 @@ def compare_arms(tables: dict, cfg: ReportConfig) -> list:
         out.append(compare(mine["scores"], base["scores"], mine["clusters"], arm, cfg.base, task, cfg.level))
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-027
+# %% ../nbs/50_report.ipynb #50-report-029
 def _says(c) -> str:
     "A difference in brackets: points and interval."
     return f"{100 * c.value:+.1f} points, {c.level:.0%} interval {100 * c.low:+.1f} to {100 * c.high:+.1f}"
@@ -196,16 +205,18 @@ def main_sentence(found: list) -> str:
     if not parts: return f"With the captions of {arm} the model is neither shown to be better nor worse than with those of {base}: no difference shown on {_on(found)}."
     return f"With the captions of {arm} the model is " + ", and ".join(parts) + (f"; no difference shown on {_on(rest)}." if (rest := by["no difference shown"]) else ".")
 
-# %% ../nbs/50_report.ipynb #50-report-028
-def verdict_of(compared: list, cfg: ReportConfig) -> dict:
-    "The verdict: a headline, one sentence, whether the run can be trusted, warnings, and remarks on the controls."
+# %% ../nbs/50_report.ipynb #50-report-030
+def verdict_of(compared: list, cfg: ReportConfig, warnings: list[str] = ()) -> dict:
+    "The verdict: a headline, what it is in a sentence or two, whether the run can be trusted, warnings, and remarks on the controls."
     main, again = ([c for c in compared if c.arm == arm] for arm in (cfg.arm, cfg.again))
     if not main: raise UserError(f"there are no answers of {cfg.arm}, the arm that the verdict is about")
     wrong = [c for c in again if c.verdict != "no difference shown"]
     warn = [f"{cfg.again} was trained on the same captions as {cfg.base}, and yet it is {c.verdict} on {c.task} ({_says(c)})" for c in wrong]
     if not again: warn.append(f"there is no A/A arm ({cfg.again}), so what chance does was not measured")
     if main[0].n_seeds < 2: warn.append("one seed cannot tell an arm from the luck of its seed")
-    sentence = (f"This run is not to be trusted: {'; '.join(warn)}. " if wrong else "") + main_sentence(main)
+    warn += warnings
+    sentence = (f"This run is not to be trusted: {'; '.join(warn)}. " if wrong else "") + main_sentence(main) + (
+        f" The A/A arm {cfg.again} shows no difference, as it should." if again and not wrong else "")
     return {"headline": "not to be trusted" if wrong else _headline(main), "sentence": sentence, "trusted": not wrong, "verdicts": {c.task: c.verdict for c in main},
             "warnings": warn, "controls": _controls(compared, cfg)}
 
@@ -220,7 +231,7 @@ def _controls(compared: list, cfg: ReportConfig) -> list[str]:
     role = {cfg.again: "the A/A arm, same captions and other seeds", "random": "as many raw rows, drawn by chance"}
     return [f"{arm} ({role.get(arm, 'another arm')}): " + "; ".join(f"{c.verdict} on {c.task} ({_says(c)})" for c in compared if c.arm == arm) + "." for arm in others]
 
-# %% ../nbs/50_report.ipynb #50-report-032
+# %% ../nbs/50_report.ipynb #50-report-034
 class Shown:
     "Something with a form for pages and one for plain text."
     def __init__(self, page: str, text: str): self.page, self.text = page, text
@@ -246,7 +257,7 @@ def banner(v: dict) -> Shown:
             f'<p style="font-size:1.1em;margin:.4em 0">{esc(v["sentence"])}</p>{loud}<ul style="margin:.4em 0;color:#44505c">{small}</ul></div>')
     return Shown(page, "\n".join([v["headline"].upper(), v["sentence"], *v["warnings"], *v["controls"]]))
 
-# %% ../nbs/50_report.ipynb #50-report-035
+# %% ../nbs/50_report.ipynb #50-report-037
 def plot_verdict(compared: list, cfg: ReportConfig):
     "Differences to the base with their intervals, a panel a task, the A/A arm on grey ground, as a figure."
     from blip2mgm.explore import panels
@@ -265,7 +276,7 @@ def plot_verdict(compared: list, cfg: ReportConfig):
         ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../nbs/50_report.ipynb #50-report-038
+# %% ../nbs/50_report.ipynb #50-report-040
 def score_table(scores: list[dict], majority: dict[str, float]) -> list[dict]:
     "Rows for the table of scores: percent with interval, and every seed; the majority answer is the line to beat."
     out = []
@@ -282,7 +293,7 @@ def difference_table(rows: list[dict]) -> list[dict]:
     return [{"task": c["task"], "arm": c["arm"], "difference": f"{100 * c['value']:+.1f}", f"{c['level']:.0%} interval": f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
              "verdict": c["verdict"], "each seed": ", ".join(f"{100 * v:+.1f}" for v in c["per_seed"]), "questions": c["n_questions"], "pictures": c["n_clusters"]} for c in rows]
 
-# %% ../nbs/50_report.ipynb #50-report-041
+# %% ../nbs/50_report.ipynb #50-report-043
 def plot_scores(scores: list[dict], majority: dict[str, float]):
     "Mean score of each arm with its interval, every seed as a dot, the majority answer as a line, as a figure."
     from blip2mgm.explore import panels
@@ -302,7 +313,7 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
         ax.grid(axis="x", visible=False)
     return fig
 
-# %% ../nbs/50_report.ipynb #50-report-044
+# %% ../nbs/50_report.ipynb #50-report-046
 def flip_rows(tables: dict, task: str, arm: str, base: str) -> list[dict]:
     "For each question: seeds in which the arm gained it and in which it lost it."
     a, b = tables[task, arm], tables[task, base]
@@ -324,7 +335,7 @@ def flip_table(tables: dict, tasks: list[str], arm: str, base: str) -> list[dict
                         "net, points": f"{100 * (gained - lost) / max(len(mine) * seeds, 1):+.1f}"})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-047
+# %% ../nbs/50_report.ipynb #50-report-049
 def pick_flips(rows: list[dict], n: int, seed: int) -> list[tuple[dict, str]]:
     "Up to `n` flipped questions, gains and losses in turn."
     import random
@@ -334,7 +345,7 @@ def pick_flips(rows: list[dict], n: int, seed: int) -> list[tuple[dict, str]]:
     pairs = [(way, i) for i in range(max(map(len, out.values()), default=0)) for way in out if i < len(out[way])]
     return [(out[way][i], way) for way, i in pairs][:n]
 
-# %% ../nbs/50_report.ipynb #50-report-048
+# %% ../nbs/50_report.ipynb #50-report-050
 def flipped_answers(art: Artefacts, tables: dict, task: str, cfg: ReportConfig, n: int) -> list[dict]:
     "Flipped questions with both answers of the first seed in which they flipped, as rows for the gallery."
     a, b = tables[task, cfg.arm], tables[task, cfg.base]
@@ -349,7 +360,7 @@ def flipped_answers(art: Artefacts, tables: dict, task: str, cfg: ReportConfig, 
                     "base": said[0][k][q]["text"], "arm": said[1][k][q]["text"], "from": [b["from"][k], a["from"][k]]})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-049
+# %% ../nbs/50_report.ipynb #50-report-051
 def truth_of(q) -> str:
     "The right answer of a question: the option, or what most people said."
     return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else Counter(q.answers).most_common(1)[0][0]
@@ -364,7 +375,7 @@ def _thumbnail(q, size: int = 150) -> str:
     im.save(buffer := io.BytesIO(), "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/50_report.ipynb #50-report-050
+# %% ../nbs/50_report.ipynb #50-report-052
 def _card(f: dict, q, base: str, arm: str) -> str:
     "One flipped question as a piece of a page."
     esc, (good, bad) = html.escape, ("#1b7837", "#b2182b")
@@ -381,7 +392,7 @@ def gallery(found: list[dict], questions: dict, base: str, arm: str) -> Shown:
     text = "\n".join(f"{f['way']}: {questions[f['task'], f['question_id']].question} {base} {f['base']!r}, {arm} {f['arm']!r}" for f in found)
     return Shown(f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{cards}</div>' if found else "<p>No answer flipped.</p>", text or "No answer flipped.")
 
-# %% ../nbs/50_report.ipynb #50-report-053
+# %% ../nbs/50_report.ipynb #50-report-055
 def captioner_rows(art: Artefacts, record: Path) -> list[dict]:
     "Shares of attributes named rightly: in the shipped record and in this run, with the file each comes from."
     out, summary = [], read_json(art.path("enhance/summary.json"))
@@ -395,7 +406,7 @@ def captioner_table(rows: list[dict]) -> list[dict]:
     names = list(dict.fromkeys(k for r in rows for k in r["scores"]))
     return [{"named rightly": k} | {r["captions"]: f"{r['scores'][k]['share']:.1%} of {r['scores'][k]['n']:,}" if k in r["scores"] else None for r in rows} for k in names]
 
-# %% ../nbs/50_report.ipynb #50-report-055
+# %% ../nbs/50_report.ipynb #50-report-057
 def limits(compared: list, cfg: ReportConfig) -> list[str]:
     "What this run cannot show, from its own numbers."
     k, unseen = len(compared), " and ".join(f"{100 * (c.high - c.low) / 2:.1f} points on {c.task}" for c in compared if c.arm == cfg.arm)
@@ -408,7 +419,7 @@ def limits(compared: list, cfg: ReportConfig) -> list[str]:
         out.append("Pictures are drawn by a program and models are small; the size of a difference here says nothing about photographs and models of full size.")
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-056
+# %% ../nbs/50_report.ipynb #50-report-058
 def provenance(art: Artefacts, cfg: ReportConfig) -> list[dict]:
     "For each stage: when and on what it ran, how long, its code, and the command that repeats it."
     from blip2mgm.core import notebook_of
@@ -430,7 +441,7 @@ def plain(rows: list[dict]) -> list[dict]:
     "Rows for a table: without the files they come from."
     return [{k: v for k, v in r.items() if k != "from"} for r in rows]
 
-# %% ../nbs/50_report.ipynb #50-report-058
+# %% ../nbs/50_report.ipynb #50-report-060
 def build(art: Artefacts, cfg: ReportConfig) -> tuple[dict, dict, list, list]:
     "The comparison as it is written, the tables of scores, the comparisons and the training logs."
     check_chain(art, data_hash(cfg))
@@ -439,17 +450,17 @@ def build(art: Artefacts, cfg: ReportConfig) -> tuple[dict, dict, list, list]:
     arms, tasks = (list(dict.fromkeys(s[k] for s in found["scores"])) for k in ("arm", "task"))
     if cfg.base not in arms: raise UserError(f"there are no answers of {cfg.base}, the arm to compare with")
     tables, logs = score_tables(art, arms, tasks), training_logs(art, arms)
-    compared = compare_arms(tables, cfg)
+    compared, trained = compare_arms(tables, cfg), training_rows(logs)
     files = lambda c: tables[c.task, c.arm]["from"] + tables[c.task, c.base]["from"]
     explored = read_json(art.path("explore/analysis_results.json"))["captions"]
-    out = {**verdict_of(compared, cfg), "comparisons": [c.to_dict() | {"verdict": c.verdict, "from": files(c)} for c in compared], "scores": arm_scores(tables, cfg.level),
+    out = {**verdict_of(compared, cfg, unfair(trained)), "comparisons": [c.to_dict() | {"verdict": c.verdict, "from": files(c)} for c in compared], "scores": arm_scores(tables, cfg.level),
            "majority": [{"task": t, "value": m["overall"], "n": m["n"], "by_type": m["by_type"], "from": ["evaluate/scores.json"]} for t, m in found["majority"].items()],
            "by_type": by_type(found), "flips": [f | {"from": files(compared[0])} for f in flip_table(tables, tasks, cfg.arm, cfg.base)], "data": data_rows(art, arms, cfg),
            "explored": {"captions": explored["captions"], "words": explored["words"], "from": ["explore/analysis_results.json"]}, "rows": rows_of_enhance(art),
-           "training": training_rows(logs), "captioner": captioner_rows(art, weights_dir()/"record.json"), "limits": limits(compared, cfg)}
+           "training": trained, "samples": samples_seen(trained), "captioner": captioner_rows(art, weights_dir()/"record.json"), "limits": limits(compared, cfg)}
     return out, tables, compared, logs
 
-# %% ../nbs/50_report.ipynb #50-report-059
+# %% ../nbs/50_report.ipynb #50-report-061
 def by_type(found: dict) -> list[dict]:
     "Mean score over seeds by task, question type and arm, beside the majority answer."
     out = []
@@ -471,13 +482,13 @@ def rows_of_enhance(art: Artefacts) -> dict:
     s = read_json(art.path("enhance/summary.json"))
     return {"rows": s["rows"], "operators": s.get("operators", []), "rejected_by": s.get("rejected_by", {}), "from": ["enhance/summary.json"]}
 
-# %% ../nbs/50_report.ipynb #50-report-060
+# %% ../nbs/50_report.ipynb #50-report-062
 def finish_comparison(out: dict, art: Artefacts, cfg: ReportConfig, shown: list[dict]) -> dict:
     "The comparison with what was shown, its parameters, seeds, provenance and the hash of every file that was read."
     return out | {"shown": shown, "parameters": cfg.to_dict(), "pictures": data_hash(cfg), "seeds": {s["arm"]: s["seeds"] for s in out["scores"]}, "stages": provenance(art, cfg),
                   "environment": environment(art), "files": dict(sorted(art.used.items()))}
 
-# %% ../nbs/50_report.ipynb #50-report-062
+# %% ../nbs/50_report.ipynb #50-report-064
 def _md(text) -> str: return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str("" if text is None else text).split()))
 
 def md_table(rows: list[dict]) -> str:
@@ -497,7 +508,7 @@ def report_md(out: dict, figures: str = "report/") -> str:
              "## Limits", "\n".join(f"- {_md(x)}" for x in out["limits"]), "## Provenance", md_table(plain(out["stages"])), md_table([{"file": k, "sha256": v} for k, v in out["files"].items()])]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/50_report.ipynb #50-report-064
+# %% ../nbs/50_report.ipynb #50-report-066
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:72em;margin:1.5em auto;padding:0 1.5em}h1{font-size:1.5em;margin:.2em 0}
 h2{margin-top:2em;border-bottom:1px solid #ddd;font-size:1.25em}h3{font-size:1.05em}nav{font-size:.9em;margin:.5em 0 1em}nav a{margin-right:1em}a{color:#2166ac;text-decoration:none}
 table{border-collapse:collapse;font-size:.88em;margin:.6em 0;display:block;overflow-x:auto}th,td{padding:.25em .7em;border-bottom:1px solid #e4e4e4;vertical-align:top}
@@ -513,7 +524,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../nbs/50_report.ipynb #50-report-065
+# %% ../nbs/50_report.ipynb #50-report-067
 def _report_cells(nb) -> list:
     "The cells after the heading `The report`; UserError if there is none."
     at = next((i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and c.source.strip().startswith("# The report")), None)
@@ -533,7 +544,7 @@ def page_of(notebook: str | Path, title: str) -> str:
     nav = "".join(f'<a href="#part{i}">{text}</a>' for i, text in enumerate(heads, 1))
     return PAGE.format(title=html.escape(title), style=STYLE, nav=nav, body=body)
 
-# %% ../nbs/50_report.ipynb #50-report-067
+# %% ../nbs/50_report.ipynb #50-report-069
 TOP = ("report.html", "report.ipynb", "report.md", "comparison.json")   # in the run folder itself
 
 def clear_top(run: str | Path) -> None:

@@ -57,7 +57,7 @@ def run(tmp_path_factory):
     for arm in RATES:
         for seed in seeds_of(arm):
             for stage in (1, 2):
-                write_jsonl(run / f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl", [{"step": i, "loss": 3 / (i + 1), "grad_norm": 1.0, "lr": 1e-3} for i in range(20)])
+                write_jsonl(run / f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl", [{"step": i, "loss": 3 / (i + 1), "grad_norm": 1.0, "samples": 8} for i in range(20)])
     keep_record(run, "train", ["enhance"])
     asked, scores = ask_about(root, EvaluateConfig(run=str(run))), []
     for arm, rate in RATES.items():
@@ -87,7 +87,7 @@ def built(run, cfg):
 def test_a_planted_effect_is_found_and_its_controls_are_quiet(built):
     out, _, compared, _ = built
     assert out["verdicts"]["textvqa"] == "better" and out["trusted"] and not out["warnings"]
-    assert "better than with those of raw on textvqa" in out["sentence"]
+    assert "better than with those of raw on textvqa" in out["sentence"] and "as it should" in out["sentence"] and out["samples"] == {1: [160], 2: [160]}
     assert {(c["arm"], c["verdict"]) for c in out["comparisons"] if c["arm"] != "blip2_filtered"} == {("random", "no difference shown"), ("raw_again", "no difference shown")}
     assert [c.arm for c in compared][-2:] == ["raw_again", "raw_again"] and "A/A" in out["controls"][-1]
 
@@ -176,6 +176,7 @@ def test_without_control_or_with_one_seed_the_report_says_so():
     tables = {("t", arm): table(rng, r, seeds=1) for arm, r in (("raw", 0.2), ("blip2_filtered", 0.9))}
     v = verdict_of(compare_arms(tables, ReportConfig()), ReportConfig())
     assert v["verdicts"] == {"t": "no difference shown"} and "no A/A arm" in v["warnings"][0] and "one seed" in v["warnings"][1]
+    assert verdict_of(compare_arms(tables, ReportConfig()), ReportConfig(), ["something else"])["warnings"][2] == "something else"
     with pytest.raises(UserError, match="no answers of other"): verdict_of(compare_arms(tables, ReportConfig()), ReportConfig(arm="other"))
 
 
