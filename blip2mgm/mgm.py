@@ -8,9 +8,9 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGE_ID', 'IGNORE', 'IMAGE', 'MODEL_TURN',
            'folded', 'mine', 'standardise', 'norm_linear', 'MGM', 'set_activation', 'image_first', 'render_turn',
            'front_ids', 'text_ids', 'token_ids', 'label_mask', 'render', 'encode_conversation', 'encode_question',
            'collate', 'Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'MGMOutput', 'check_labels',
-           'token_loss', 'pick', 'stop_ids', 'read_part', 'said_activation', 'from_parts', 'original_name', 'our_name',
-           'tower_configs', 'gemma_config', 'model_config', 'build', 'weight_files', 'read_original', 'load_original',
-           'stage1_parameters', 'save_original']
+           'token_loss', 'label_places', 'rotate', 'layer_at', 'pick', 'stop_ids', 'read_part', 'said_activation',
+           'from_parts', 'original_name', 'our_name', 'tower_configs', 'gemma_config', 'model_config', 'build',
+           'weight_files', 'read_original', 'load_original', 'stage1_parameters', 'save_original']
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-003
 import json
@@ -421,13 +421,13 @@ class NoLabels(ValueError):
 # %% ../nbs/04_mgm.ipynb #04-mgm-087
 class MGMOutput:
     "Result of a forward pass: `.loss`, `.logits` [B, L, vocabulary] (made when asked for), `.labels` [B, L], `.mask`."
-    def __init__(self, head, hidden, mask, loss=None, labels=None, n_labels=0, past=None):
-        self.head, self.hidden, self.mask, self.loss, self.labels = head, hidden, mask, loss, labels
-        self.n_labels, self.past = n_labels, past
+    def __init__(self, head, hidden, mask, loss=None, labels=None, n_labels=0):
+        self.head, self.hidden, self.mask, self.loss, self.labels, self.n_labels = head, hidden, mask, loss, labels, n_labels
         self._logits = None
 
     @property
     def logits(self) -> torch.Tensor:
+        if callable(self.hidden): self.hidden = self.hidden()
         if self._logits is None: self._logits = self.head(self.hidden)
         return self._logits
 
@@ -471,6 +471,67 @@ def spliced(
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-091
 @patch
+def hidden_states(self: MGM, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "Gemma's last hidden states [B, L, D]."
+    mask = None if bool(mask.all()) else mask.long()
+    return self.gemma.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-093
+@patch(as_prop=True)
+def can_skip(self: MGM) -> bool:
+    "Whether attention without a mask is causal by itself (not so in the eager implementation)."
+    return self.gemma.config._attn_implementation in ("sdpa", "flash_attention_2")
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-094
+def label_places(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Places [B, Q] that predict a label (padded with others), which of these count [B, Q], and the labels they predict."
+    at = labels[:, 1:] != IGNORE
+    count = at.sum(1, keepdim=True)
+    rows = at.byte().argsort(dim=1, descending=True, stable=True)[:, :int(count.max())]
+    valid = torch.arange(rows.shape[1], device=rows.device) < count
+    return rows, valid, labels[:, 1:].gather(1, rows)[valid]
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-096
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    "Rotary positions on heads [B, heads, L, d]; cos and sin are [B or 1, L, d]."
+    left, right = x.chunk(2, -1)
+    return x*cos[:, None] + torch.cat([-right, left], -1)*sin[:, None]
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-097
+def layer_at(
+    layer: nn.Module,       # a Gemma layer
+    hidden: torch.Tensor,   # [B, L, D]
+    rope: tuple,            # cos, sin [1, L, d]
+    rows: torch.Tensor,     # [B, Q] places wanted
+) -> torch.Tensor:          # [B, Q, D]
+    "What the layer would give at some places only; all places are seen as keys and values."
+    attn, x = layer.self_attn, layer.input_layernorm(hidden)
+    take = lambda t: t.gather(1, rows[..., None].expand(-1, -1, t.shape[-1]))
+    heads = lambda t: t.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    k, v = rotate(heads(attn.k_proj(x)), *rope), heads(attn.v_proj(x))
+    q = rotate(heads(attn.q_proj(take(x))), rope[0][0][rows], rope[1][0][rows])
+    before = torch.arange(hidden.shape[1], device=rows.device) <= rows[:, None, :, None]       # [B,1,Q,L]
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=before, scale=attn.scaling, enable_gqa=True)
+    out = take(hidden) + attn.o_proj(seen.transpose(1, 2).flatten(2))
+    return out + layer.mlp(layer.post_attention_layernorm(out))
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-098
+@patch
+def loss_at_labels(self: MGM, embeds: torch.Tensor, labels: torch.Tensor, n_labels: Optional[int] = None) -> tuple[torch.Tensor, int]:
+    "The loss of right-padded embeddings [B, L, D], computing in the last layer only what predicts a label."
+    gemma, hidden = self.gemma.model, embeds
+    places = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    rope = gemma.rotary_emb(embeds, places)
+    for layer in gemma.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=rope)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    rows, valid, want = label_places(labels)
+    last = gemma.norm(layer_at(gemma.layers[-1], hidden, rope, rows)[valid])
+    loss = F.cross_entropy(self.gemma.lm_head(last).float(), want, reduction="sum")
+    return loss/(n_labels or max(len(want), 1)), len(want)
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-099
+@patch
 def forward(
     self: MGM,
     input_ids: torch.Tensor,                         # [B, T], -200 for pictures
@@ -487,13 +548,16 @@ def forward(
     if labels is not None:
         labels = torch.where(plan.text >= 0, labels.to(self.device).flatten()[at], IGNORE)
         check_labels(labels)
-    full = bool(plan.mask.all())
-    hidden = self.gemma.model(inputs_embeds=embeds*self.embed_scale, attention_mask=None if full else plan.mask.long(), use_cache=False)[0]
-    out = MGMOutput(self.gemma.lm_head, hidden, plan.mask, labels=labels)
-    if labels is not None: out.loss, out.n_labels = token_loss(out.head, hidden, labels, n_labels)
+    embeds = embeds*self.embed_scale
+    plain = lambda: self.hidden_states(embeds, plan.mask)
+    if self.training and labels is not None and self.can_skip:
+        loss, n = self.loss_at_labels(embeds, labels, n_labels)
+        return MGMOutput(self.gemma.lm_head, plain, plan.mask, loss, labels, n)
+    out = MGMOutput(self.gemma.lm_head, plain(), plan.mask, labels=labels)
+    if labels is not None: out.loss, out.n_labels = token_loss(out.head, out.hidden, labels, n_labels)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-096
+# %% ../nbs/04_mgm.ipynb #04-mgm-106
 def pick(
     logits: torch.Tensor,       # [B, vocabulary]
     temperature: float = 0.0,   # 0: the likeliest token
@@ -506,7 +570,7 @@ def pick(
     p = p.masked_fill(p.cumsum(-1) - p > top_p, 0.0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-098
+# %% ../nbs/04_mgm.ipynb #04-mgm-108
 @patch
 @torch.no_grad()
 def generate(
@@ -536,13 +600,13 @@ def generate(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-101
+# %% ../nbs/04_mgm.ipynb #04-mgm-111
 def stop_ids(tokenizer) -> list[int]:
     "Ids that end an answer: <end_of_turn> and <eos>."
     ids = [tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id]
     return [i for i in ids if i is not None and i != tokenizer.unk_token_id]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-104
+# %% ../nbs/04_mgm.ipynb #04-mgm-114
 def read_part(cls, part, dtype: torch.dtype):
     "A transformers module as it is, or loaded from its folder (without transformers' progress bars)."
     if isinstance(part, nn.Module): return part
@@ -551,14 +615,14 @@ def read_part(cls, part, dtype: torch.dtype):
     try: return cls.from_pretrained(part, dtype=dtype, use_safetensors=True)
     finally: shown and hf_logging.enable_progress_bar()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-105
+# %% ../nbs/04_mgm.ipynb #04-mgm-115
 def said_activation(part) -> str:
     "The activation that a Gemma folder's config.json names (read raw: transformers rewrites it)."
     if isinstance(part, nn.Module): return part.config.hidden_act
     said = json.loads((Path(part)/"config.json").read_text())
     return said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-106
+# %% ../nbs/04_mgm.ipynb #04-mgm-116
 def from_parts(
     gemma, clip, convnext,                # transformers folders, or modules
     image_size: Optional[int] = None,     # low-resolution side; CLIP's own if not given
@@ -577,7 +641,7 @@ def from_parts(
     set_activation(model.lm, model.config.hidden_act)
     return model.to(dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-109
+# %% ../nbs/04_mgm.ipynb #04-mgm-119
 PREFIXES = [  # ours, theirs; the first that fits
     ("clip.", "model.vision_tower.vision_tower.vision_model."),
     ("convnext.embeddings.patch_embeddings.", "model.vision_tower_aux.vision_stem.0."),
@@ -588,7 +652,7 @@ PREFIXES = [  # ours, theirs; the first that fits
 PIECES = [("downsampling_layer", "downsample"), ("layers", "blocks"), ("dwconv", "conv_dw"), ("layernorm", "norm"),
           ("pwconv1", "mlp.fc1"), ("pwconv2", "mlp.fc2"), ("layer_scale_parameter", "gamma")]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-110
+# %% ../nbs/04_mgm.ipynb #04-mgm-120
 def original_name(name: str) -> str:
     "Our parameter name in the published checkpoint."
     name = name.replace("clip.vision_model.", "clip.")
@@ -599,7 +663,7 @@ def original_name(name: str) -> str:
         for a, b in PIECES: rest = rest.replace(a, b)
     return theirs + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-111
+# %% ../nbs/04_mgm.ipynb #04-mgm-121
 def our_name(name: str) -> str:
     "A published checkpoint's parameter name in ours."
     ours, theirs = next((p for p in PREFIXES if name.startswith(p[1])), (None, None))
@@ -609,13 +673,13 @@ def our_name(name: str) -> str:
         for a, b in reversed(PIECES): rest = rest.replace(b, a)
     return ours + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-114
+# %% ../nbs/04_mgm.ipynb #04-mgm-124
 FULL_TOWERS = {
     "clip": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
                  patch_size=14, projection_dim=768, hidden_act="quick_gelu"),
     "convnext": dict(dims=[192, 384, 768, 1536], depths=[3, 3, 27, 3])}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-115
+# %% ../nbs/04_mgm.ipynb #04-mgm-125
 def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     "Configurations of the two encoders; CLIP-L/14-336 and ConvNeXt-L where the checkpoint only names them."
     towers = {**FULL_TOWERS, **said.get("towers", {})}
@@ -624,7 +688,7 @@ def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     c = towers["convnext"]
     return clip, ConvNextConfig(hidden_sizes=c["dims"], depths=c["depths"], num_stages=len(c["dims"]), drop_path_rate=0.0, layer_norm_eps=1e-6)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-116
+# %% ../nbs/04_mgm.ipynb #04-mgm-126
 def gemma_config(said: dict) -> GemmaConfig:
     "Gemma's configuration from a published config.json."
     keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -632,7 +696,7 @@ def gemma_config(said: dict) -> GemmaConfig:
             "bos_token_id eos_token_id pad_token_id initializer_range").split()
     return GemmaConfig(**{k: said[k] for k in keys if k in said}, hidden_act="gelu_pytorch_tanh")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-117
+# %% ../nbs/04_mgm.ipynb #04-mgm-127
 def model_config(said: dict) -> MGMConfig:
     "Our configuration from a published config.json; refuses what we do not build."
     for key, ok in dict(mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",), image_grid=(1,)).items():
@@ -644,7 +708,7 @@ def model_config(said: dict) -> MGMConfig:
         hidden_act=said.get("hidden_act", "gelu"), max_length=said.get("tokenizer_model_max_length", 2048),
         aspect="pad" if said.get("image_aspect_ratio", "pad") == "pad" else "square", original=said)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-118
+# %% ../nbs/04_mgm.ipynb #04-mgm-128
 def build(said: dict) -> MGM:
     "An MGM with untrained weights from a published config.json."
     clip, conv = tower_configs(said)
@@ -652,7 +716,7 @@ def build(said: dict) -> MGM:
     set_activation(model.lm, model.config.hidden_act)
     return model
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-122
+# %% ../nbs/04_mgm.ipynb #04-mgm-132
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a checkpoint folder; raises with advice if there are none, or if one is missing."
     index = folder/"model.safetensors.index.json"
@@ -667,14 +731,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"no safetensors weights in {folder.name}{why}")
     return files
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-123
+# %% ../nbs/04_mgm.ipynb #04-mgm-133
 def read_original(folder: Path) -> dict[str, torch.Tensor]:
     "All tensors of a published checkpoint under our names."
     tensors = {our_name(n): t for f in weight_files(folder) for n, t in load_file(f).items()
                if not n.endswith(("position_ids", "rotary_emb.inv_freq"))}
     return tensors
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-124
+# %% ../nbs/04_mgm.ipynb #04-mgm-134
 def load_original(
     folder,                               # holds config.json and safetensors with the original names
     dtype: torch.dtype = torch.float32,
@@ -692,12 +756,12 @@ def load_original(
     model.gemma.tie_weights()
     return model.to(device, dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-133
+# %% ../nbs/04_mgm.ipynb #04-mgm-143
 def stage1_parameters(model: MGM) -> dict[str, nn.Parameter]:
     "What stage 1 trains: mining and projector."
     return {n: p for n, p in model.named_parameters() if n.startswith(("vlm_uni_", "mm_projector."))}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-136
+# %% ../nbs/04_mgm.ipynb #04-mgm-146
 def save_original(
     model: MGM,
     folder,               # made if needed
