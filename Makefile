@@ -45,7 +45,7 @@ $(READY): requirements.txt pyproject.toml
 	@python=""; for p in python3.11 python3.12 python3.10 python3 python; do \
 	  if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "No Python 3.10, 3.11 or 3.12 was found. Install one (3.11 is the one this was measured with) and try again." >&2; exit 1; fi; \
-	if ! $(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	if ! $(BIN)/python -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
 	  echo "== making the environment $(VENV) with $$($$python --version)"; rm -rf $(VENV); \
 	  $$python -m venv $(VENV) || { echo "Python's venv module failed (on Debian and Ubuntu it is the package python3-venv)." >&2; exit 1; }; fi
 	@echo "== installing the pinned packages (about 2 GB, a few minutes the first time)"
