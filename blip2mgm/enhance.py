@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib, json, os, random, re, shutil, subprocess, sys, tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from .core import (Config, ConfigError, UserError, code_hash, file_hash, nearest, read_json, read_jsonl, resolve, show_path, track,
@@ -73,7 +73,7 @@ def resolve_recipe(
         if name.endswith("_filter"): params["stats_export_path"] = str(folder/"seen"/f"{k:02d}_{name}.jsonl")
         steps.append({name: params})
     ours = dict(dataset_path=str(folder/"in.jsonl"), export_path=str(folder/"job/rows.jsonl"), work_dir=str(folder), job_id="job", np=workers,
-                temp_dir=str(folder/"temp"), ds_cache_dir=str(folder/"cache"), use_cache=False, skip_op_error=False, strict_preflight=True,
+                temp_dir=None, ds_cache_dir=str(folder/"cache"), use_cache=False, skip_op_error=False, strict_preflight=True,
                 keep_stats_in_res_ds=True, custom_operator_paths=[str(resolve(p)) for p in recipe.get("custom_operator_paths") or []])
     return recipe | ours | {"process": steps}
 
@@ -120,7 +120,8 @@ def what_failed(log) -> str:
     "The reason that the log of a failed Data-Juicer run ends with"
     lines = [l.split("\r")[-1].rstrip() for l in Path(log).read_text(errors="replace").splitlines()]
     at = max((i for i, l in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|error)\b.*:|error:", l)), default=max(0, len(lines) - 8))
-    return "\n".join(l for l in lines[at:at + 12] if l)
+    more = takewhile(lambda l: not re.match(r"\d{4}-\d\d-\d\d |Traceback|Errors?: ", l), lines[at + 1:at + 12])
+    return "\n".join(l for l in [*lines[at:at + 1], *more] if l)
 
 def dj_process(recipe:dict, folder:Path, rows:int) -> None:
     "Run `dj-process` on a resolved recipe; UserError with the end of its log if it fails"
@@ -129,27 +130,31 @@ def dj_process(recipe:dict, folder:Path, rows:int) -> None:
     program, log, steps = Path(sys.executable).parent/"dj-process", folder/"dj-process.log", operators(recipe)
     if not program.is_file(): raise UserError(f"dj-process is not installed beside {sys.executable}: install py-data-juicer there")
     offline = all(Path(p["model"]).is_dir() for name, p in steps if name == CAPTIONER)
-    process = start([sys.executable, str(program), "--config", str(folder/"recipe.yaml")], environment(recipe["np"], offline))
+    temp = tempfile.TemporaryDirectory(prefix="dj", ignore_cleanup_errors=True)   # not below `folder`: Data-Juicer opens sockets there, whose paths must be short
+    env = environment(recipe["np"], offline) | {"TMPDIR": temp.name}
+    process = start([sys.executable, str(program), "--config", str(folder/"recipe.yaml")], env)
     first = CAPTIONER if CAPTIONER in dict(steps) else steps[0][0]
     try:
         done = follow(process, log, first, rows)
         begun = [d for d in [next(done, None)] if d]   # start-up is not counted in the time left
         for _ in track(chain(begun, done), first.replace("_", " "), rows): pass
         code = process.wait()
-    finally: process.terminate()
+    finally:
+        process.terminate(), process.wait()
+        temp.cleanup()
     if code: raise UserError(f"Data-Juicer stopped with exit status {code}; its whole log is {show_path(log)} and ends with\n{what_failed(log)}")
 
 # %% ../nbs/20_enhance.ipynb #20-enhance-022
 def dj_fingerprint(rows:list[dict], root, recipe:dict, captioner:str="") -> dict:
     "All that decides what Data-Juicer makes of `rows`"
-    from blip2mgm.captioner import weights_hash
+    from blip2mgm.captioner import model_hash
     steps = [(name, {k: v for k, v in params.items() if k != "model"}) for name, params in operators(recipe)]
     models = [model_path(captioner or p.get("model", "")) for name, p in operators(recipe) if name == CAPTIONER]
     digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
     kept = {k: versions().get(k) for k in ("py-data-juicer", "torch", "transformers", "Pillow", "datasets")}
     return {"rows": digest([[r["id"], r["text"], r["images"]] for r in rows]), "recipe": digest(steps), "code": code_hash("captioner"),
             "pictures": digest([file_hash(Path(root)/p) for r in rows for p in r["images"]]), "versions": kept,
-            "weights": [weights_hash(m) if Path(m).is_dir() else m for m in models]}
+            "weights": [model_hash(m) for m in models]}
 
 def _dj_row(row:dict, root:Path) -> dict:
     "A row as Data-Juicer gets it: absolute image paths, and the caption in a column of its own"
@@ -165,6 +170,7 @@ def run_recipe(
     workers:int=2,        # worker processes
 ) -> Path:
     "The folder with Data-Juicer's result, made anew unless it is there and nothing has changed"
+    if not rows: raise UserError("no row passed the data gate, so there is nothing to enhance: see the reasons in gate/rejected.jsonl")
     folder, now = Path(folder), dj_fingerprint(rows, root, recipe, captioner)
     if (folder/"done.json").is_file() and read_json(folder/"done.json") == now: return folder
     for old in folder.parent.glob(f".{folder.name}.*"): shutil.rmtree(old, ignore_errors=True)
@@ -172,7 +178,7 @@ def run_recipe(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     write_dj(part/"in.jsonl", (_dj_row(r, Path(root)) for r in rows))
     dj_process(resolve_recipe(recipe, part, captioner, workers), part, len(rows))
-    for name in ("temp", "cache"): shutil.rmtree(part/name, ignore_errors=True)
+    shutil.rmtree(part/"cache", ignore_errors=True)
     write_json(part/"done.json", now)
     part.rename(folder)
     return folder
@@ -280,7 +286,9 @@ def change_stats(lines:list[dict], budget:int=1000, seed:int=0) -> dict[str, dic
     "Statistics of each set of captions, with diversity at a number of words that all of them have"
     sets = {name: captions_in(name, found) for name, found in caption_sets(lines).items() if found}
     words_each = common_budget(*sets.values(), most=budget)
-    return {name: describe(found, words_each if words_each >= 50 else 0, seed) for name, found in sets.items()}
+    cut = {name: sum(line["caption_status"] == "cut" for line in found) / max(len(found), 1) for name, found in caption_sets(lines).items()}
+    return {name: describe(found, words_each if words_each >= 50 else 0, seed) | {"cut": None if name.startswith("raw") else cut[name]}
+            for name, found in sets.items()}
 
 def change_table(stats:dict[str, dict]) -> list[dict]:
     "The statistics as a table: sets as columns"
@@ -291,7 +299,7 @@ def change_table(stats:dict[str, dict]) -> list[dict]:
             f"different words in {at} words": lambda s: fair(s["diversity"]["distinct_1"]),
             f"different word pairs in {at}": lambda s: fair(s["diversity"]["distinct_2"]),
             "different captions": lambda s: f"{s['unique_captions']:.1%}", "too short": lambda s: f"{s['too_short']:.1%}",
-            "boilerplate": lambda s: f"{s['boilerplate']:.1%}"}
+            "boilerplate": lambda s: f"{s['boilerplate']:.1%}", "cut at the token limit": lambda s: f"{s['cut']:.1%}" if s["cut"] is not None else None}
     return [{"measure": name} | {which: value(s) for which, s in stats.items()} for name, value in show.items()]
 
 # %% ../nbs/20_enhance.ipynb #20-enhance-041
