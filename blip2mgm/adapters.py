@@ -59,10 +59,11 @@ def reseed(model: nn.Module, *seed: int) -> None:
 def lean_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     "PEFT's LoRA layer while it trains; for all other uses, PEFT's own forward."
     if not self.training or self.disable_adapters or self.merged or args or kwargs: return type(self).forward(self, x, *args, **kwargs)
-    A, B = self.lora_A["default"].weight, self.lora_B["default"].weight*self.scaling["default"]
-    out = self.base_layer(x)
-    low = F.linear(self.lora_dropout["default"](x), A)                       # [..., r]
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.T).view(out.shape)
+    drop, scale, out = self.lora_dropout["default"], self.scaling["default"], self.base_layer(x)
+    if isinstance(drop, QuickDropout) and drop.p and x.device.type == "cpu": x, scale = x*drop.keep(x), scale/(1-drop.p)
+    else: x = drop(x)
+    low = F.linear(x, self.lora_A["default"].weight)                          # [..., r]
+    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), (self.lora_B["default"].weight*scale).T).view(out.shape)
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-016
 def make_lean(model: MGM) -> None:

@@ -8,12 +8,13 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGE_ID', 'IGNORE', 'IMAGE', 'MODEL_TURN',
            'folded', 'mine', 'standardise', 'norm_linear', 'MGM', 'set_activation', 'image_first', 'render_turn',
            'front_ids', 'text_ids', 'token_ids', 'label_mask', 'render', 'encode_conversation', 'encode_question',
            'collate', 'Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'MGMOutput', 'check_labels',
-           'token_loss', 'label_places', 'rotate', 'layer_at', 'pick', 'stop_ids', 'read_part', 'said_activation',
-           'from_parts', 'original_name', 'our_name', 'tower_configs', 'gemma_config', 'model_config', 'build',
-           'weight_files', 'read_original', 'load_original', 'stage1_parameters', 'save_original']
+           'token_loss', 'LeanNorm', 'lean_norm', 'make_norms_lean', 'label_places', 'rotate', 'layer_at', 'pick',
+           'stop_ids', 'read_part', 'said_activation', 'from_parts', 'original_name', 'our_name', 'tower_configs',
+           'gemma_config', 'model_config', 'build', 'weight_files', 'read_original', 'load_original',
+           'stage1_parameters', 'save_original']
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-003
-import json
+import json, types
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -172,6 +173,7 @@ class MGM(nn.Module):
         V, C, D = clip.config.hidden_size, sum(convnext.config.hidden_sizes), lm.config.hidden_size
         self.config, self.lm, self.clip, self.convnext = config, lm, clip, convnext
         self.convnext.layernorm = nn.Identity()  # pooled output, not used
+        make_norms_lean(lm)
         self.vlm_uni_query_projector = norm_linear(V, V)
         self.vlm_uni_aux_projector = norm_linear(C, V)
         self.vlm_uni_val_projector = norm_linear(C, V)
@@ -407,9 +409,10 @@ def embed(
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-084
 @patch(as_prop=True)
-def embed_scale(self: MGM) -> float:
-    "Factor that spliced embeddings still lack."
-    return self.gemma.config.hidden_size**0.5 if hasattr(self.gemma.get_input_embeddings(), "embed_scale") else 1.0
+def embed_scale(self: MGM) -> torch.Tensor:
+    "Factor that spliced embeddings still lack, rounded to the model's precision as in the original."
+    lacking = hasattr(self.gemma.get_input_embeddings(), "embed_scale")
+    return torch.tensor(self.gemma.config.hidden_size**0.5 if lacking else 1.0, dtype=self.dtype, device=self.device)
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-086
 class NoLabels(ValueError):
@@ -477,12 +480,41 @@ def hidden_states(self: MGM, embeds: torch.Tensor, mask: torch.Tensor) -> torch.
     return self.gemma.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-093
+class LeanNorm(torch.autograd.Function):
+    "x / rms(x) * w with a gradient in few passes."
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        over = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        y = x*over
+        ctx.save_for_backward(y, over, w)
+        return y*w
+
+    @staticmethod
+    def backward(ctx, g):
+        y, over, w = ctx.saved_tensors
+        h = g*w
+        mean = torch.linalg.vecdot(h, y).unsqueeze(-1).div_(-y.shape[-1])
+        dw = (g*y).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(h, y, mean).mul_(over), dw, None
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-094
+def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
+    "Gemma's norm: light in training, the library's own otherwise."
+    if not (self.training and x.dtype == torch.float32): return type(self).forward(self, x)
+    return LeanNorm.apply(x, 1 + self.weight, self.eps)
+
+def make_norms_lean(lm: GemmaForCausalLM) -> None:
+    "Each norm of the language model takes the light way in training."
+    for m in lm.modules():
+        if type(m).__name__ == "GemmaRMSNorm": m.forward = types.MethodType(lean_norm, m)
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-097
 @patch(as_prop=True)
 def can_skip(self: MGM) -> bool:
     "Whether attention without a mask is causal by itself (not so in the eager implementation)."
     return self.gemma.config._attn_implementation in ("sdpa", "flash_attention_2")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-094
+# %% ../nbs/04_mgm.ipynb #04-mgm-098
 def label_places(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Places [B, Q] that predict a label (padded with others), which of these count [B, Q], and the labels they predict."
     at = labels[:, 1:] != IGNORE
@@ -491,13 +523,13 @@ def label_places(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     valid = torch.arange(rows.shape[1], device=rows.device) < count
     return rows, valid, labels[:, 1:].gather(1, rows)[valid]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-096
+# %% ../nbs/04_mgm.ipynb #04-mgm-100
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     "Rotary positions on heads [B, heads, L, d]; cos and sin are [B or 1, L, d]."
     left, right = x.chunk(2, -1)
     return x*cos[:, None] + torch.cat([-right, left], -1)*sin[:, None]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-097
+# %% ../nbs/04_mgm.ipynb #04-mgm-101
 def layer_at(
     layer: nn.Module,       # a Gemma layer
     hidden: torch.Tensor,   # [B, L, D]
@@ -515,7 +547,7 @@ def layer_at(
     out = take(hidden) + attn.o_proj(seen.transpose(1, 2).flatten(2))
     return out + layer.mlp(layer.post_attention_layernorm(out))
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-098
+# %% ../nbs/04_mgm.ipynb #04-mgm-102
 @patch
 def loss_at_labels(self: MGM, embeds: torch.Tensor, labels: torch.Tensor, n_labels: Optional[int] = None) -> tuple[torch.Tensor, int]:
     "The loss of right-padded embeddings [B, L, D], computing in the last layer only what predicts a label."
@@ -530,7 +562,7 @@ def loss_at_labels(self: MGM, embeds: torch.Tensor, labels: torch.Tensor, n_labe
     loss = F.cross_entropy(self.gemma.lm_head(last).float(), want, reduction="sum")
     return loss/(n_labels or max(len(want), 1)), len(want)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-099
+# %% ../nbs/04_mgm.ipynb #04-mgm-103
 @patch
 def forward(
     self: MGM,
@@ -557,7 +589,7 @@ def forward(
     if labels is not None: out.loss, out.n_labels = token_loss(out.head, out.hidden, labels, n_labels)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-106
+# %% ../nbs/04_mgm.ipynb #04-mgm-110
 def pick(
     logits: torch.Tensor,       # [B, vocabulary]
     temperature: float = 0.0,   # 0: the likeliest token
@@ -570,7 +602,7 @@ def pick(
     p = p.masked_fill(p.cumsum(-1) - p > top_p, 0.0)
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-108
+# %% ../nbs/04_mgm.ipynb #04-mgm-112
 @patch
 @torch.no_grad()
 def generate(
@@ -600,13 +632,13 @@ def generate(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return out
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-111
+# %% ../nbs/04_mgm.ipynb #04-mgm-115
 def stop_ids(tokenizer) -> list[int]:
     "Ids that end an answer: <end_of_turn> and <eos>."
     ids = [tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id]
     return [i for i in ids if i is not None and i != tokenizer.unk_token_id]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-114
+# %% ../nbs/04_mgm.ipynb #04-mgm-118
 def read_part(cls, part, dtype: torch.dtype):
     "A transformers module as it is, or loaded from its folder (without transformers' progress bars)."
     if isinstance(part, nn.Module): return part
@@ -615,14 +647,14 @@ def read_part(cls, part, dtype: torch.dtype):
     try: return cls.from_pretrained(part, dtype=dtype, use_safetensors=True)
     finally: shown and hf_logging.enable_progress_bar()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-115
+# %% ../nbs/04_mgm.ipynb #04-mgm-119
 def said_activation(part) -> str:
     "The activation that a Gemma folder's config.json names (read raw: transformers rewrites it)."
     if isinstance(part, nn.Module): return part.config.hidden_act
     said = json.loads((Path(part)/"config.json").read_text())
     return said.get("hidden_activation") or said.get("hidden_act") or "gelu_pytorch_tanh"
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-116
+# %% ../nbs/04_mgm.ipynb #04-mgm-120
 def from_parts(
     gemma, clip, convnext,                # transformers folders, or modules
     image_size: Optional[int] = None,     # low-resolution side; CLIP's own if not given
@@ -641,7 +673,7 @@ def from_parts(
     set_activation(model.lm, model.config.hidden_act)
     return model.to(dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-119
+# %% ../nbs/04_mgm.ipynb #04-mgm-123
 PREFIXES = [  # ours, theirs; the first that fits
     ("clip.", "model.vision_tower.vision_tower.vision_model."),
     ("convnext.embeddings.patch_embeddings.", "model.vision_tower_aux.vision_stem.0."),
@@ -652,7 +684,7 @@ PREFIXES = [  # ours, theirs; the first that fits
 PIECES = [("downsampling_layer", "downsample"), ("layers", "blocks"), ("dwconv", "conv_dw"), ("layernorm", "norm"),
           ("pwconv1", "mlp.fc1"), ("pwconv2", "mlp.fc2"), ("layer_scale_parameter", "gamma")]
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-120
+# %% ../nbs/04_mgm.ipynb #04-mgm-124
 def original_name(name: str) -> str:
     "Our parameter name in the published checkpoint."
     name = name.replace("clip.vision_model.", "clip.")
@@ -663,7 +695,7 @@ def original_name(name: str) -> str:
         for a, b in PIECES: rest = rest.replace(a, b)
     return theirs + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-121
+# %% ../nbs/04_mgm.ipynb #04-mgm-125
 def our_name(name: str) -> str:
     "A published checkpoint's parameter name in ours."
     ours, theirs = next((p for p in PREFIXES if name.startswith(p[1])), (None, None))
@@ -673,13 +705,13 @@ def our_name(name: str) -> str:
         for a, b in reversed(PIECES): rest = rest.replace(b, a)
     return ours + rest
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-124
+# %% ../nbs/04_mgm.ipynb #04-mgm-128
 FULL_TOWERS = {
     "clip": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
                  patch_size=14, projection_dim=768, hidden_act="quick_gelu"),
     "convnext": dict(dims=[192, 384, 768, 1536], depths=[3, 3, 27, 3])}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-125
+# %% ../nbs/04_mgm.ipynb #04-mgm-129
 def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     "Configurations of the two encoders; CLIP-L/14-336 and ConvNeXt-L where the checkpoint only names them."
     towers = {**FULL_TOWERS, **said.get("towers", {})}
@@ -688,7 +720,7 @@ def tower_configs(said: dict) -> tuple[CLIPVisionConfig, ConvNextConfig]:
     c = towers["convnext"]
     return clip, ConvNextConfig(hidden_sizes=c["dims"], depths=c["depths"], num_stages=len(c["dims"]), drop_path_rate=0.0, layer_norm_eps=1e-6)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-126
+# %% ../nbs/04_mgm.ipynb #04-mgm-130
 def gemma_config(said: dict) -> GemmaConfig:
     "Gemma's configuration from a published config.json."
     keys = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -696,7 +728,7 @@ def gemma_config(said: dict) -> GemmaConfig:
             "bos_token_id eos_token_id pad_token_id initializer_range").split()
     return GemmaConfig(**{k: said[k] for k in keys if k in said}, hidden_act="gelu_pytorch_tanh")
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-127
+# %% ../nbs/04_mgm.ipynb #04-mgm-131
 def model_config(said: dict) -> MGMConfig:
     "Our configuration from a published config.json; refuses what we do not build."
     for key, ok in dict(mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",), image_grid=(1,)).items():
@@ -708,7 +740,7 @@ def model_config(said: dict) -> MGMConfig:
         hidden_act=said.get("hidden_act", "gelu"), max_length=said.get("tokenizer_model_max_length", 2048),
         aspect="pad" if said.get("image_aspect_ratio", "pad") == "pad" else "square", original=said)
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-128
+# %% ../nbs/04_mgm.ipynb #04-mgm-132
 def build(said: dict) -> MGM:
     "An MGM with untrained weights from a published config.json."
     clip, conv = tower_configs(said)
@@ -716,7 +748,7 @@ def build(said: dict) -> MGM:
     set_activation(model.lm, model.config.hidden_act)
     return model
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-132
+# %% ../nbs/04_mgm.ipynb #04-mgm-136
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a checkpoint folder; raises with advice if there are none, or if one is missing."
     index = folder/"model.safetensors.index.json"
@@ -731,14 +763,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"no safetensors weights in {folder.name}{why}")
     return files
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-133
+# %% ../nbs/04_mgm.ipynb #04-mgm-137
 def read_original(folder: Path) -> dict[str, torch.Tensor]:
     "All tensors of a published checkpoint under our names."
     tensors = {our_name(n): t for f in weight_files(folder) for n, t in load_file(f).items()
                if not n.endswith(("position_ids", "rotary_emb.inv_freq"))}
     return tensors
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-134
+# %% ../nbs/04_mgm.ipynb #04-mgm-138
 def load_original(
     folder,                               # holds config.json and safetensors with the original names
     dtype: torch.dtype = torch.float32,
@@ -756,12 +788,12 @@ def load_original(
     model.gemma.tie_weights()
     return model.to(device, dtype).eval()
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-143
+# %% ../nbs/04_mgm.ipynb #04-mgm-147
 def stage1_parameters(model: MGM) -> dict[str, nn.Parameter]:
     "What stage 1 trains: mining and projector."
     return {n: p for n, p in model.named_parameters() if n.startswith(("vlm_uni_", "mm_projector."))}
 
-# %% ../nbs/04_mgm.ipynb #04-mgm-146
+# %% ../nbs/04_mgm.ipynb #04-mgm-150
 def save_original(
     model: MGM,
     folder,               # made if needed

@@ -14,18 +14,18 @@ from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
-from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, data_root, file_hash, inside, read_json, read_jsonl, read_yaml, resolve,
-                           seed_everything, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
+from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, file_hash, inside, read_json, read_jsonl, read_yaml,
+                           resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
 
 # %% auto #0
-__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'caption_rows',
+__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'caption_rows',
            'count_labels', 'encode_row', 'encode_rows', 'sample_order', 'FeatureStore', 'picture_features', 'fill',
            'features_fingerprint', 'make_features', 'pieces', 'batch_loss', 'gradients', 'blame', 'check_finite',
            'lr_factor', 'StepLog', 'optimiser', 'train_stage', 'take_step', 'Job', 'is_done', 'mark_done', 'steps_of',
            'planned', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker', 'Worker',
            'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs',
            'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'train', 'finish', 'load_trained',
-           'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'conclusion']
+           'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -37,7 +37,7 @@ class TrainConfig(Config):
     arms: list[str] = field(default_factory=lambda: ["raw", "blip2_filtered", "random", "raw_again"])  # arms to train
     seeds: int = 2  # seeds of each arm; raw_again takes others: 100, 101, ...
     step0_seed: int = 0  # of the projector's first weights, the same for all arms and seeds
-    caption_prompt: str = "Describe the picture."  # what is asked in stage 1
+    caption_prompt: str = "Provide a one-sentence caption for the provided image."  # what is asked in stage 1
     max_length: int = 512  # longest sample in tokens, image tokens included
     stage1_samples: int = 64  # captions an arm sees; an arm with fewer sees some again
     stage1_batch: int = 32  # captions a step
@@ -89,8 +89,8 @@ def base_model(cfg: TrainConfig):
 def caption_rows(path: Path, prompt: str) -> list[dict]:
     "An arm's captions as LLaVA rows."
     from blip2mgm.data import caption_of, read_dj
-    return [dict(id=str(r["id"]), image=r["images"][0], conversations=[{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": caption_of(r["text"])}])
-            for r in read_dj(path)]
+    talk = lambda caption: [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": caption}]
+    return [dict(id=str(r["id"]), image=r["images"][0], conversations=talk(caption_of(r["text"]))) for r in read_dj(path)]
 
 # %% ../nbs/30_train.ipynb #30-train-016
 def count_labels(ids: Sequence[int], labels: Sequence[int], n_patches: int, max_length: int) -> int:
@@ -258,8 +258,8 @@ def check_finite(model, batch, store, where: str, loss: float, norm: float) -> N
     if math.isfinite(loss) and math.isfinite(norm): return
     bad = blame(model, batch, store)
     named = f"samples {', '.join(bad)}" if bad else f"one of the samples {', '.join(s['id'] for s in batch)} (none of them alone)"
-    raise UserError(f"{where}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; it comes from {named}. Nothing was saved from this step: "
-                    "look at these samples, or lower the learning rate")
+    what = "gradient" if math.isfinite(loss) else "loss"
+    raise UserError(f"{where}: the {what} is not finite; it comes from {named}. The step was not taken: look at these samples, or lower the learning rate")
 
 # %% ../nbs/30_train.ipynb #30-train-041
 def lr_factor(step: int, steps: int, warmup: float) -> float:
@@ -284,8 +284,8 @@ def optimiser(model, cfg: TrainConfig, stage: int):
     "AdamW without decay; in stage 2 adapter and projector have rates of their own."
     import torch
     from blip2mgm.adapters import part_of, trained
-    rate = {"LoRA": cfg.lora_lr, "mining": cfg.projector_lr, "projector": cfg.projector_lr} if stage == 2 else dict.fromkeys(("mining", "projector"), cfg.stage1_lr)
-    groups = {}
+    projector_lr = cfg.stage1_lr if stage == 1 else cfg.projector_lr
+    rate, groups = {"LoRA": cfg.lora_lr, "mining": projector_lr, "projector": projector_lr}, {}
     for name, p in trained(model).items(): groups.setdefault(rate[part_of(name)], []).append(p)
     return torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.0)
 
@@ -394,10 +394,12 @@ def stage2(job: Job, model) -> dict:
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed)
     samples = run_stage(job, model, 2)
     last = steps_of(job, 2)[-1]
-    facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps", "last loss": f"{last['loss']:.4f}"}
+    facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps",
+             "last loss": f"{last['loss']:.4f}"}
     save(model, job.folder, base=cfg.model, title=f"MGM adapter: arm {job.arm}, seed {job.seed}", facts=facts)
     few = samples[:4]
-    return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few])))
+    batch = dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few]))
+    return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
 # %% ../nbs/30_train.ipynb #30-train-056
 def train_arm(job: Job) -> dict:
@@ -420,22 +422,25 @@ def summary(job: Job, gaps: dict) -> dict:
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
     for stage in (1, 2):
         rows = steps_of(job, stage)
+        total = lambda key, rows=rows: sum(r[key] for r in rows)
         last = rows[-max(len(rows)//10, 1):]
-        out[f"stage{stage}"] = dict(steps=len(rows), samples=sum(r["samples"] for r in rows), tokens=sum(r["tokens"] for r in rows), left_out=len(job.left_out[stage]),
-            first_loss=rows[0]["loss"], last_loss=sum(r["loss"]*r["tokens"] for r in last)/sum(r["tokens"] for r in last), largest_grad_norm=max(r["grad_norm"] for r in rows))
+        last_loss = sum(r["loss"]*r["tokens"] for r in last)/total("tokens", last)
+        out[f"stage{stage}"] = dict(steps=len(rows), samples=total("samples"), tokens=total("tokens"), left_out=len(job.left_out[stage]),
+            first_loss=rows[0]["loss"], last_loss=last_loss, largest_grad_norm=max(r["grad_norm"] for r in rows))
     return out
 
 # %% ../nbs/30_train.ipynb #30-train-058
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
-    for stage in (1, 2):
-        lines += [f"stage {stage} step {r['step']:4d}  loss {r['loss']:.4f}  grad {r['grad_norm']:.3f}  lr {r['lr']:.2e}  {r['tokens']} tokens  {r['seconds']:.1f} s" for r in steps_of(job, stage)]
+    for r in steps_of(job, 1) + steps_of(job, 2):
+        lines.append(f"stage {r['stage']} step {r['step']:4d}  loss {r['loss']:.4f}  grad {r['grad_norm']:.3f}  lr {r['lr']:.2e}  "
+                     f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/30_train.ipynb #30-train-060
-def begin_worker(parent: int) -> None:
-    "Sets up a worker process: one thread, and an end when its parent ends."
+def begin_worker(parent: int, stop) -> None:
+    "Sets up a worker process: one thread, and an end when its parent ends or says so."
     import threading, warnings
     warnings.filterwarnings("ignore")
     os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
@@ -443,7 +448,7 @@ def begin_worker(parent: int) -> None:
     set_threads(1)
     torch.set_flush_denormal(True)
     def follow():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent and not stop.wait(1): pass
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
@@ -465,7 +470,10 @@ def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(),))
+    stop = Fresh().Event()
+    pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
+    pool.stop = stop
+    return pool
 
 # %% ../nbs/30_train.ipynb #30-train-065
 def seeds_of(arm: str, n: int) -> list[int]:
@@ -477,7 +485,8 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
     missing = [arm for arm, f in files.items() if not f.is_file()]
-    if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(sorted(p.parent.name for p in (enhance/'arms').glob('*/captions.jsonl')))}")
+    made = sorted(p.parent.name for p in (enhance/"arms").glob("*/captions.jsonl"))
+    if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
 # %% ../nbs/30_train.ipynb #30-train-068
@@ -513,9 +522,9 @@ STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "lora_r", "lora_a
 
 def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, shared: list) -> dict[int, str]:
     "What decides the result of each stage: parameters, rows, features, code, packages."
-    said = cfg.to_dict()
-    one = [*shared, seed, {k: said[k] for k in STAGE1_KEYS}, file_hash(ready.samples[arm]), read_json(Path(ready.features[1], "features.json"))["fingerprint"]]
-    two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), read_json(Path(ready.features[2], "features.json"))["fingerprint"]]
+    said, seen = cfg.to_dict(), lambda stage: read_json(Path(ready.features[stage], "features.json"))["fingerprint"]
+    one = [*shared, seed, {k: said[k] for k in STAGE1_KEYS}, file_hash(ready.samples[arm]), seen(1)]
+    two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: _hash(one), 2: _hash(two)}
 
 # %% ../nbs/30_train.ipynb #30-train-071
@@ -532,7 +541,8 @@ def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
 def steps_taken(job: Job) -> int:
-    return sum(Path(job.folder, f"stage{s}", "steps.jsonl").read_bytes().count(b"\n") for s in (1, 2) if Path(job.folder, f"stage{s}", "steps.jsonl").is_file())
+    logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
+    return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
 # %% ../nbs/30_train.ipynb #30-train-074
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
@@ -559,7 +569,8 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
     try:
         for _ in track(watch(running, total, draw), "training", total) if todo else (): pass
     except BaseException:
-        for f in running: f.cancel()
+        pool.stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
@@ -599,10 +610,11 @@ def train(
 # %% ../nbs/30_train.ipynb #30-train-079
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
-    files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "result.json", "stage1/steps.jsonl",
-             "stage1/projector.safetensors", "stage2/steps.jsonl")
+    files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "result.json",
+             "stage1/projector.safetensors", "stage1/steps.jsonl", "stage2/steps.jsonl")
     outputs = [Path(j.folder, f).relative_to(stage.dir) for j in trained.jobs for f in files]
-    return stage.finish(outputs, dict(samples=trained.ready.rows, left_out={k: len(v) for k, v in trained.ready.left_out.items()}, instructions_rejected=trained.ready.rejected))
+    ready = trained.ready
+    return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
 # %% ../nbs/30_train.ipynb #30-train-081
 def load_trained(
@@ -623,6 +635,7 @@ def load_trained(
     return model, tokenizer
 
 # %% ../nbs/30_train.ipynb #30-train-083
+LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
 def smooth(values, width: int = 5):
@@ -647,18 +660,21 @@ def plot_bands(
         c = np.array([x[:n] for x in curves])
         line, = ax.plot(c.mean(0), label=f"{arm} ({len(c)})", color=ARM_COLOURS.get(arm), lw=1.3)
         if len(c) > 1: ax.fill_between(range(n), c.min(0), c.max(0), color=line.get_color(), alpha=.2, lw=0)
-    ax.set(xlabel="step", title=f"stage {stage}")
+    ax.set_xlabel("step")
     return ax
 
 # %% ../nbs/30_train.ipynb #30-train-085
-def plot_training(logs: dict):
-    "Loss, gradient norm and learning rate of both stages, all arms; returns the figure."
+def plot_training(
+    logs: dict,                                  # arm -> seed -> stage -> steps
+    keys: Sequence[str] = ("loss", "grad_norm", "lr"),
+):
+    "Both stages side by side, all arms, a row for each of `keys`; returns the figure."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, 2, figsize=(9, 7), dpi=70, gridspec_kw=dict(height_ratios=[2, 1, 1]), constrained_layout=True)
-    for row, (key, name) in zip(axes, (("loss", "loss per label token"), ("grad_norm", "gradient norm"), ("lr", "learning rate"))):
-        for stage, ax in zip((1, 2), row): plot_bands(logs, stage, key, ax)
-        row[0].set_ylabel(name)
-        if key != "loss": row[0].set_title(""), row[1].set_title("")
+    heights = [2 if k == "loss" else 1 for k in keys]
+    fig, axes = plt.subplots(len(keys), 2, figsize=(9, .5+1.6*sum(heights)), dpi=70, squeeze=False, height_ratios=heights, constrained_layout=True)
+    for key, row in zip(keys, axes):
+        for stage, ax in zip((1, 2), row): plot_bands(logs, stage, key, ax).set_title(f"stage {stage}" if key == keys[0] else "")
+        row[0].set_ylabel(LABELS[key])
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
@@ -669,7 +685,7 @@ class LivePlot:
     def __call__(self, jobs: list[Job]) -> None:
         import matplotlib.pyplot as plt
         from IPython.display import display
-        fig = plot_training(logs_of(jobs))
+        fig = plot_training(logs_of(jobs), ("loss",))
         if self.handle is None: self.handle = display(fig, display_id=True)
         else: self.handle.update(fig)
         plt.close(fig)
@@ -687,13 +703,19 @@ def results_table(trained: Trained) -> Table:
     rows = []
     for arm in dict.fromkeys(r["arm"] for r in trained.results):
         mine = [r for r in trained.results if r["arm"] == arm]
-        one, two = mine[0]["stage1"], mine[0]["stage2"]
-        rows.append({"arm": arm, "seeds": len(mine), "captions": trained.ready.rows[arm], "seen in stage 1": one["samples"], "left out": one["left_out"],
-                     "loss after stage 1": mean_sd([r["stage1"]["last_loss"] for r in mine]), "seen in stage 2": two["samples"],
-                     "loss after stage 2": mean_sd([r["stage2"]["last_loss"] for r in mine]), "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
+        end = lambda stage: mean_sd([r[f"stage{stage}"]["last_loss"] for r in mine])
+        rows.append({"arm": arm, "seeds": len(mine), "seen in stage 1": mine[0]["stage1"]["samples"], "loss after stage 1": end(1),
+                     "seen in stage 2": mine[0]["stage2"]["samples"], "loss after stage 2": end(2),
+                     "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
 # %% ../nbs/30_train.ipynb #30-train-092
+def data_table(ready: Prepared) -> Table:
+    "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
+    return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]),
+                        "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
+
+# %% ../nbs/30_train.ipynb #30-train-093
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -701,6 +723,8 @@ def conclusion(trained: Trained) -> str:
     mean = {a: sum(v)/len(v) for a, v in loss.items()}
     low, high = min(arms, key=mean.get), max(arms, key=mean.get)
     gap = max(max(r["round_trip"].values()) for r in trained.results)
-    return (f"{len(trained.results)} adapters were trained, {len(arms)} arms with {len(loss[arms[0]])} seed(s) each. The loss on instructions ends between {mean[low]:.3f} ({low}) and "
-            f"{mean[high]:.3f} ({high}). Stage-1 losses of different arms are not comparable: they are taken on different captions. Every adapter answers after loading as it did "
-            f"when trained (largest difference of a logit: {gap:.1e}). Which arm is better, only the evaluation says.")
+    return (f"{len(trained.results)} adapters were trained, {len(arms)} arms with {len(loss[arms[0]])} seed(s) each. "
+            f"The loss on instructions ends between {mean[low]:.3f} ({low}) and {mean[high]:.3f} ({high}). "
+            "Stage-1 losses of different arms are not comparable: they are taken on different captions. "
+            f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
+            "Which arm is better, only the evaluation says.")

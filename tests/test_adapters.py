@@ -1,0 +1,180 @@
+"Adapters: what is trained, what is saved, and what is refused."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blip2mgm.adapters import attach, base_hash, check_round_trip, load, lora_layers, merge, reseed, save, trainable_table, trained
+from blip2mgm.core import UserError
+from blip2mgm.mgm import load_original
+
+GOLDEN = Path(__file__).parent / "goldens" / "mgm"
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(GOLDEN / "inputs.safetensors").items()}
+
+
+def base():
+    return load_original(GOLDEN)
+
+
+def tuned(batch, seed=0, steps=2, dropout=0.1):
+    model = attach(base(), r=4, alpha=8, dropout=dropout, seed=seed).train()
+    opt = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
+    for step in range(steps):
+        reseed(model, seed, step)
+        opt.zero_grad()
+        model(**batch).loss.backward()
+        opt.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(batch, tmp_path_factory):
+    model = tuned(batch)
+    return model, save(model, tmp_path_factory.mktemp("adapter"))
+
+
+def copy(folder, to):
+    for f in folder.iterdir():
+        (to / f.name).write_bytes(f.read_bytes())
+    return to
+
+
+def test_only_the_language_model_has_an_adapter():
+    model = attach(base())
+    assert len(lora_layers(model)) == 2 * 7
+    assert not any("lora" in n for part in (model.clip, model.convnext) for n, _ in part.named_parameters())
+    rows = {r["part"]: r["trained"] for r in trainable_table(model).rows}
+    assert rows["language model"] == rows["CLIP"] == rows["ConvNeXt"] == 0
+    assert all(rows[p] > 0 for p in ("LoRA", "mining", "projector"))
+
+
+def test_a_fresh_adapter_changes_nothing(batch):
+    with torch.no_grad():
+        assert torch.equal(attach(base())(**batch).logits, base()(**batch).logits)
+
+
+def test_the_seed_decides_the_first_values():
+    first = [lora_layers(attach(base(), seed=s))[0].lora_A["default"].weight for s in (0, 0, 1)]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def test_attaching_leaves_the_random_numbers_alone():
+    model = base()
+    torch.manual_seed(7)
+    want = torch.rand(1)
+    torch.manual_seed(7)
+    attach(model, seed=3)
+    assert torch.equal(torch.rand(1), want)
+
+
+def test_training_is_repeatable(batch):
+    a, b = (tuned(batch).state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_files(saved):
+    _, folder = saved
+    assert {f.name for f in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md"}
+    assert set(load_file(folder / "non_lora_trainables.safetensors")) == {n for n in load_file(GOLDEN / "weights.safetensors") if "vlm_uni" in n or "mm_projector" in n}
+    assert "/tmp" not in "".join(f.read_text() for f in folder.iterdir() if f.suffix in (".json", ".md"))
+
+
+def test_round_trip(saved, batch):
+    model, folder = saved
+    gaps = check_round_trip(model, folder, base, batch)
+    assert gaps["reloaded"] == 0 and gaps["merged"] <= 1e-4
+
+
+def test_peft_reads_it(saved):
+    from peft import PeftModel
+
+    model, folder = saved
+    wrapped = PeftModel.from_pretrained(base().lm, folder)
+    ours = model.lm.state_dict()
+    assert all(torch.equal(t, ours[n]) for n, t in wrapped.state_dict().items() if "lora_" in n)
+
+
+def test_the_base_is_untouched_by_training(saved):
+    assert base_hash(saved[0]) == base_hash(base())
+
+
+def test_merging_leaves_no_adapter(saved, batch):
+    model = merge(load(base(), saved[1]))
+    assert not any("lora" in n for n, _ in model.named_parameters())
+
+
+def test_untrained_is_refused(tmp_path):
+    with pytest.raises(UserError, match="equals its base"):
+        save(attach(base()), tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_not_finite_is_refused(tmp_path, batch):
+    model = tuned(batch)
+    with torch.no_grad():
+        model.mm_projector[0].weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite.*mm_projector"):
+        save(model, tmp_path)
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def other_rank(folder):
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "r": 8}))
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda d: (d / "adapter_config.json").unlink(), "no adapter_config.json"),
+    (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    (lambda d: (d / "non_lora_trainables.safetensors").unlink(), "no non_lora_trainables"),
+    (lambda d: (d / "config.json").unlink(), "no config.json"),
+    (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 50), "can't be read"),
+    (drop_tensor, "1 tensors missing"),
+    (other_rank, "has shape"),
+])
+def test_broken_folders(saved, tmp_path, change, message):
+    folder = copy(saved[1], tmp_path)
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load(base(), folder)
+
+
+def test_another_base_is_refused(saved):
+    model = base()
+    with torch.no_grad():
+        model.lm.model.norm.weight[0] += 1
+    with pytest.raises(UserError, match="other base weights"):
+        load(model, saved[1])
+
+
+def test_a_lost_projector_is_noticed(saved, tmp_path, batch):
+    folder = copy(saved[1], tmp_path)
+    save_file({n: t + 0.1 for n, t in load_file(folder / "non_lora_trainables.safetensors").items()}, folder / "non_lora_trainables.safetensors")
+    with pytest.raises(UserError, match="answers otherwise"):
+        check_round_trip(saved[0], folder, base, batch)
+
+
+def test_lean_training_equals_peft(batch):
+    def gradients(lean):
+        model = attach(base(), dropout=0.0).train()
+        for layer in lora_layers(model):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1, generator=torch.Generator().manual_seed(1))
+            if not lean:
+                del layer.forward
+        model(**batch).loss.backward()
+        return [p.grad for p in trained(model).values()]
+
+    for a, b in zip(gradients(True), gradients(False)):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= 1e-5
