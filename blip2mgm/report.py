@@ -7,9 +7,9 @@ __all__ = ['STAGES', 'STYLE', 'PAGE', 'TOP', 'ReportConfig', 'Artefacts', 'check
            'training_logs', 'training_rows', 'training_table', 'samples_seen', 'unfair', 'score_tables', 'arm_scores',
            'compare_arms', 'main_sentence', 'verdict_of', 'Shown', 'folded', 'banner', 'plot_verdict', 'score_table',
            'difference_table', 'plot_scores', 'flip_rows', 'flip_table', 'pick_flips', 'flipped_answers', 'truth_of',
-           'gallery', 'captioner_rows', 'captioner_table', 'limits', 'provenance', 'environment', 'plain', 'build',
-           'by_type', 'type_table', 'rows_of_enhance', 'finish_comparison', 'md_table', 'report_md', 'page_of',
-           'clear_top', 'write_comparison', 'publish']
+           'gallery', 'captioner_rows', 'mention_rows', 'mention_table', 'captioner_table', 'limits', 'provenance',
+           'environment', 'plain', 'build', 'by_type', 'type_table', 'rows_of_enhance', 'finish_comparison', 'md_table',
+           'report_md', 'page_of', 'clear_top', 'write_comparison', 'publish']
 
 # %% ../nbs/50_report.ipynb #50-report-002
 import html
@@ -399,11 +399,22 @@ def captioner_rows(art: Artefacts, record: Path) -> list[dict]:
     if record.is_file():
         art.used[show_path(record)] = file_hash(record)
         out = [{"captions": f"BLIP-2, {name} (when it was made)", "scores": scores, "from": [show_path(record)]} for name, scores in (read_json(record).get("blip2_captions") or {}).items()]
-    return out + [{"captions": f"{name} (this run)", "scores": scores, "from": ["enhance/summary.json"]} for name, scores in (summary.get("agreement") or {}).items()]
+    return out + [{"captions": f"{name} (this run)", "scores": scores, "from": ["enhance/summary.json"]} for name, scores in (summary.get("in_place") or {}).items()]
+
+def mention_rows(art: Artefacts) -> list[dict]:
+    "For each set of captions and kind of thing: how many are there, how many are named, how many of these rightly."
+    found = read_json(art.path("enhance/summary.json")).get("mentions") or {}
+    return [{"captions": name, "things": kind, **n, "from": ["enhance/summary.json"]} for name, kinds in found.items() for kind, n in kinds.items()]
+
+def mention_table(rows: list[dict]) -> list[dict]:
+    "Rows for the table of things named: percent of those there, and percent right of those named."
+    share = lambda a, b: f"{a / b:.1%} of {b:,}" if b else "none"
+    return [{"captions": r["captions"], "things": r["things"], "named rightly, of those there": share(r["right"], r["there"]), "right, of those named": share(r["right"], r["named"])} for r in rows]
 
 def captioner_table(rows: list[dict]) -> list[dict]:
     "Rows for the table of the captioner: attributes down, sets of captions across, percent of n."
     names = list(dict.fromkeys(k for r in rows for k in r["scores"]))
+    if not names: return [{"named rightly": "not known: the data comes without the truth"}]
     return [{"named rightly": k} | {r["captions"]: f"{r['scores'][k]['share']:.1%} of {r['scores'][k]['n']:,}" if k in r["scores"] else None for r in rows} for k in names]
 
 # %% ../nbs/50_report.ipynb #50-report-057
@@ -457,7 +468,7 @@ def build(art: Artefacts, cfg: ReportConfig) -> tuple[dict, dict, list, list]:
            "majority": [{"task": t, "value": m["overall"], "n": m["n"], "by_type": m["by_type"], "from": ["evaluate/scores.json"]} for t, m in found["majority"].items()],
            "by_type": by_type(found), "flips": [f | {"from": files(compared[0])} for f in flip_table(tables, tasks, cfg.arm, cfg.base)], "data": data_rows(art, arms, cfg),
            "explored": {"captions": explored["captions"], "words": explored["words"], "from": ["explore/analysis_results.json"]}, "rows": rows_of_enhance(art),
-           "training": trained, "samples": samples_seen(trained), "captioner": captioner_rows(art, weights_dir()/"record.json"), "limits": limits(compared, cfg)}
+           "training": trained, "samples": samples_seen(trained), "captioner": captioner_rows(art, weights_dir()/"record.json"), "mentions": mention_rows(art), "limits": limits(compared, cfg)}
     return out, tables, compared, logs
 
 # %% ../nbs/50_report.ipynb #50-report-061
@@ -493,7 +504,7 @@ def _md(text) -> str: return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str("
 
 def md_table(rows: list[dict]) -> str:
     "A table in Markdown; text is escaped."
-    names = list(dict.fromkeys(k for r in rows for k in r))
+    names = list(dict.fromkeys(k for r in rows for k in r)) or ["(nothing)"]
     lines = [names, ["---"] * len(names), *([_md(f"{r[k]:,}" if isinstance(r.get(k), int) else r.get(k)) for k in names] for r in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -504,7 +515,7 @@ def report_md(out: dict, figures: str = "report/") -> str:
              f"![differences]({figures}difference.png)", "## Differences", md_table(difference_table(out["comparisons"])), "## Scores", md_table(score_table(out["scores"], majority)),
              f"![scores]({figures}scores.png)", "## Data", md_table(data_table(out["data"], base)), "## Training", md_table(training_table(out["training"])), f"![training]({figures}training.png)",
              *(part for t in majority for part in (f"## By question type: {_md(t)}", md_table(type_table(out["by_type"], t)))),
-             "## Answers that flipped", md_table(plain(out["flips"])), "## The captioner", md_table(captioner_table(out["captioner"])),
+             "## Answers that flipped", md_table(plain(out["flips"])), "## The captioner", md_table(captioner_table(out["captioner"])), md_table(mention_table(out["mentions"])),
              "## Limits", "\n".join(f"- {_md(x)}" for x in out["limits"]), "## Provenance", md_table(plain(out["stages"])), md_table([{"file": k, "sha256": v} for k, v in out["files"].items()])]
     return "\n\n".join(parts) + "\n"
 
@@ -539,6 +550,7 @@ def page_of(notebook: str | Path, title: str) -> str:
     nb.cells = _report_cells(nb)
     body = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True).from_notebook_node(nb)[0]
     body = re.sub(r"(?s)<(script|link)\b.*?(</\1>|>)", "", body)
+    body = body.replace("No description has been provided for this image", "figure; its numbers are in the table below it")
     heads: list[str] = []
     body = re.sub(r"<h2[^>]*>(.*?)</h2>", lambda m: heads.append(m[1]) or f'<h2 id="part{len(heads)}">{m[1]}</h2>', body)
     nav = "".join(f'<a href="#part{i}">{text}</a>' for i, text in enumerate(heads, 1))

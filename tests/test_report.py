@@ -13,7 +13,8 @@ from blip2mgm.data import gate, text_of
 from blip2mgm.evaluate import EvaluateConfig, Reply, ask_about, keep_answers
 from blip2mgm.explore import analyse
 from blip2mgm.pictures import ensure_world
-from blip2mgm.report import (Artefacts, ReportConfig, banner, build, compare_arms, finish_comparison, flip_rows, flipped_answers, gallery, md_table, page_of,
+from blip2mgm.report import (Artefacts, ReportConfig, banner, build, captioner_table, compare_arms, finish_comparison, flip_rows, flipped_answers, gallery, md_table,
+                             mention_table, page_of,
                              pick_flips, plot_scores, plot_verdict, publish, report_md, training_rows, verdict_of, write_comparison)
 from blip2mgm.tasks import majority, mark, summarise
 
@@ -52,7 +53,8 @@ def run(tmp_path_factory):
         if arm == "blip2_filtered": rows = [r | {"text": text_of(f"a picture of two shapes: at the top a red circle {EVIL}")} for r in rows]
         write_jsonl(run / f"enhance/arms/{arm}/captions.jsonl", rows)
     write_json(run / "enhance/summary.json", {"rows": {"in": gated.rows}, "operators": [{"operator": "words_num_filter", "before": 9, "after": 5, "dropped": 4}],
-                                              "agreement": {"raw": {"color": {"right": 1, "n": 2, "share": 0.5}}}})
+                                              "in_place": {"BLIP-2, kept": {"color": {"right": 1, "n": 2, "share": 0.5}}},
+                                              "mentions": {"raw": {"colors": {"there": 9, "named": 4, "right": 2}, "numbers": {"there": 0, "named": 0, "right": 0}}}})
     keep_record(run, "enhance")
     for arm in RATES:
         for seed in seeds_of(arm):
@@ -107,7 +109,7 @@ def test_every_number_names_files_and_every_file_has_its_hash(run, built):
     out = built[0]
     for name, was in out["files"].items():
         if not name.startswith("blip2mgm/"): assert file_hash(run / name) == was
-    for part in ("comparisons", "scores", "majority", "by_type", "flips", "data", "training", "captioner", "shown"):
+    for part in ("comparisons", "scores", "majority", "by_type", "flips", "data", "training", "captioner", "mentions", "shown"):
         for row in out[part]: assert row["from"] and all(name in out["files"] for name in row["from"]), part
     for stage in ("explore", "enhance", "train", "evaluate"): assert f"{stage}/record.json" in out["files"]
     json.dumps(out, allow_nan=False)
@@ -236,7 +238,13 @@ def test_files_of_the_report(built, tmp_path):
     assert report_md(read_json(tmp_path / "comparison.json")) == text   # the text follows from the file alone
 
 
+def test_tables_of_the_captioner(built):
+    assert captioner_table(built[0]["captioner"])[-1]["BLIP-2, kept (this run)"] == "50.0% of 2" and captioner_table([])[0]["named rightly"].startswith("not known")
+    assert [r["right, of those named"] for r in mention_table(built[0]["mentions"])] == ["50.0% of 4", "none"]
+
+
 def test_markdown_tables_escape():
+    assert md_table([]).startswith("| (nothing) |")
     assert md_table([{"a": "x|y\n<b>", "b": 1234, "c": None}]).splitlines()[-1] == r"| x\|y \<b\> | 1,234 |  |"
 
 
