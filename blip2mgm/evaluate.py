@@ -18,7 +18,7 @@ __all__ = ['TRAINED_FILES', 'EvaluateConfig', 'ask_about', 'picture_bytes', 'pic
            'run_jobs', 'evaluate', 'read_answers', 'answered_units', 'score_matrix', 'score_rows', 'type_rows',
            'plot_by_type', 'choose', 'answer_gallery', 'conclusion']
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-005
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-006
 @dataclass
 class EvaluateConfig(Config):
     "Parameters of the evaluation."
@@ -40,7 +40,7 @@ class EvaluateConfig(Config):
             if getattr(self, name) < least: raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.arms or not self.tasks: raise ConfigError("arms and tasks must each name at least one")
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-008
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-009
 def ask_about(root: Path, cfg: EvaluateConfig) -> dict[str, list[Question]]:
     "The questions of every task in `cfg`, by task."
     out = {}
@@ -51,7 +51,7 @@ def ask_about(root: Path, cfg: EvaluateConfig) -> dict[str, list[Question]]:
         if not out[name]: raise UserError(f"{name} has no questions below {show_path(root)}")
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-010
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-011
 def picture_bytes(q: Question) -> bytes:
     "The encoded picture."
     return q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes()
@@ -67,7 +67,7 @@ def pictures_of(asked: dict[str, list[Question]]) -> tuple[dict[str, bytes], dic
             pictures[key] = data
     return pictures, names
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-013
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-014
 def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple[dict, dict[str, str]]:
     "Features by picture hash as 16-bit arrays, {hash: [clip, map, map, ...]}, and the reason for each picture that failed."
     import torch
@@ -83,7 +83,7 @@ def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple
         seen |= {k: [f.clip[j].numpy(), *(a[j].numpy() for a in f.aux)] for j, k in enumerate(keys)}
     return seen, failed
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-014
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-015
 def _weights_hash(*modules) -> str:
     "Fingerprint of the weights of some modules."
     h = hashlib.sha256()
@@ -105,7 +105,7 @@ def keep_features(model, pictures: dict[str, bytes], folder: Path) -> dict:
     write_json(about, dict(fingerprint=fingerprint, aspect="pad", arrays=names if seen else [], pictures=list(seen), failed=failed))
     return read_json(about)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-018
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-019
 def read_pictures(model, before: list[int], tokens):
     "The language model's cache after the text `before` and the image tokens [N, P, D]."
     import torch
@@ -120,7 +120,7 @@ def rows_of(cache, rows):
     for i, layer in enumerate(cache.layers): out.update(layer.keys[rows], layer.values[rows], i)
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-019
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-020
 @dataclass
 class Reply:
     "What came back for one question."
@@ -138,7 +138,7 @@ def _note(replies: list[Reply], alive: list[int], logits, stops: set[int]) -> li
         else: replies[row].ids.append(token)
     return [i for i, row in enumerate(alive) if not (replies[row].ended or replies[row].failed)]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-020
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-021
 def continue_greedily(
     model,                           # MGM
     cache,                           # what was read before, one row per question; used up
@@ -163,7 +163,7 @@ def continue_greedily(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return replies
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-022
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-023
 def ask(
     model, tokenizer,
     questions: list[tuple[str, str]],  # prompt without <image>, name of its picture
@@ -185,7 +185,7 @@ def ask(
             for i, r in _ask_group(model, tokenizer, tokens, [(i, group[questions[i][1]], *ids[i]) for i in here], batch_size, max_new_tokens): replies[i] = r
     return replies
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-023
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-024
 def _encode(prompts: list[str], tokenizer) -> list[tuple[tuple, list]]:
     "For each prompt its tokens before and after the picture; equal prompts are encoded once."
     from blip2mgm.mgm import IMAGE_ID, encode_question
@@ -205,7 +205,7 @@ def _ask_group(model, tokenizer, tokens, rows: list[tuple], batch_size: int, max
             replies = continue_greedily(model, rows_of(read, [r[1] for r in batch]), [r[3] for r in batch], max_new_tokens, stops)
             yield from ((r[0], reply) for r, reply in zip(batch, replies))
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-027
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-028
 def asked_hash(questions: list[Question], names: dict, task: str) -> str:
     "Fingerprint of everything that is asked and how it is marked."
     rows = [[q.id, names[task, q.image_id], q.prompt, q.kind, q.unit, q.answers, q.options] for q in questions]
@@ -216,14 +216,14 @@ def decided_by(model_hash: str, questions_hash: str, code: str, cfg: EvaluateCon
     return dict(weights=model_hash, questions=questions_hash, code=code,
                 decoding=dict(method="greedy", max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size))
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-028
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-029
 def finished(folder: Path, decided: dict) -> dict | None:
     "The scores kept in `folder`, if the answers there were decided by `decided` and have not been touched."
     if not (folder/"scores.json").is_file() or not (folder/"answers.jsonl").is_file(): return None
     kept = read_json(folder/"scores.json")
     return kept if kept.get("decided_by") == decided and kept.get("answers_sha256") == file_hash(folder/"answers.jsonl") else None
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-029
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-030
 def answer_row(q: Question, text: str | None, reply: Reply, m: dict, about: dict) -> dict:
     "One line of the answer file: the published fields, ours under metadata."
     answer_id = hashlib.sha256(f"{about['weights']} {about['task']} {q.id} {q.prompt}".encode()).hexdigest()[:22]
@@ -231,7 +231,7 @@ def answer_row(q: Question, text: str | None, reply: Reply, m: dict, about: dict
                  truncated=not (reply.ended or reply.failed), **({"failed": reply.failed} if reply.failed else {}))
     return dict(question_id=q.id, prompt=q.prompt, text=text or "", answer_id=answer_id, model_id=f"{about['arm']}/seed{about['seed']}", metadata=about | extra)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-030
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-031
 def keep_answers(
     folder: Path,                    # <run>/evaluate/<arm>/seed<k>/<task>
     task: str,
@@ -250,7 +250,7 @@ def keep_answers(
     write_json(folder/"scores.json", scores)
     return scores
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-034
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-035
 @dataclass(frozen=True)
 class Model:
     "One trained model."
@@ -265,7 +265,7 @@ def base_weights(run: Path) -> str:
     if not said.is_file(): raise UserError(f"{show_path(run)} holds no training: run the stage train first")
     return tree_hash(model_folder(TrainConfig.load(said)))
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-035
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-036
 TRAINED_FILES = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors")
 
 def trained_models(cfg: EvaluateConfig) -> list[Model]:
@@ -279,7 +279,7 @@ def trained_models(cfg: EvaluateConfig) -> list[Model]:
         out.append(Model(arm, seed, hashlib.sha256(json.dumps([base, *(file_hash(folder/n) for n in TRAINED_FILES)]).encode()).hexdigest()[:16]))
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-038
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-039
 @dataclass(frozen=True)
 class Job:
     "A model, what it is to be asked, and where the answers go."
@@ -291,7 +291,7 @@ class Job:
     features: Path                   # folder
     decided: dict                    # task -> what decides the answers
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-039
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-040
 def answer(job: Job) -> list[dict]:
     "Asks one model everything in `job` and keeps its answers; returns the scores, one per task."
     import torch
@@ -312,7 +312,7 @@ def _keep_task(job: Job, task: str, replies: list[Reply], tokenizer) -> dict:
 
 def _place(cfg: EvaluateConfig, model: Model, task: str) -> Path: return resolve(cfg.run)/"evaluate"/model.arm/f"seed{model.seed}"/task
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-041
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-042
 def plan(cfg: EvaluateConfig, asked: dict, names: dict, models: list[Model]) -> list[tuple[Model, dict]]:
     "For every model what decides the answers of the tasks it still has to answer."
     code, questions = code_hash("evaluate"), {t: asked_hash(qs, names, t) for t, qs in asked.items()}
@@ -330,7 +330,7 @@ def jobs_of(cfg: EvaluateConfig, asked: dict, pictures: dict, names: dict, todo:
     light = {t: [replace(q, image=b"") for q in qs] for t, qs in asked.items()}
     return [Job(m, cfg, {t: light[t] for t in d}, names, failed, folder, d) for m, d in todo]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-042
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-043
 def run_jobs(jobs: list[Job], workers: int = 1) -> None:
     "Runs the jobs, in processes of their own if there is more than one worker."
     from blip2mgm.evaluate import answer      # a process started afresh must find it in the module
@@ -342,7 +342,7 @@ def run_jobs(jobs: list[Job], workers: int = 1) -> None:
     with worker_pool(min(workers, len(jobs))) as pool:
         for done in track(as_completed([pool.submit(answer, j) for j in jobs]), "asking the models", len(jobs)): done.result()
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-043
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-044
 def evaluate(cfg: EvaluateConfig) -> dict:
     "Asks every trained model of `cfg.run` what is not answered yet; returns all scores and writes them to evaluate/scores.json."
     root, models, folder = data_root(cfg), trained_models(cfg), resolve(cfg.run)/"evaluate"
@@ -356,7 +356,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     write_json(folder/"scores.json", {k: v for k, v in result.items() if k != "new"})
     return result
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-045
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-046
 def read_answers(folder: Path, arm: str, seed: int, task: str) -> list[dict]:
     "The answers of one model to one task; `folder` is <run>/evaluate."
     return read_jsonl(Path(folder)/arm/f"seed{seed}"/task/"answers.jsonl")
@@ -365,7 +365,7 @@ def answered_units(answers: list[dict]) -> list[dict]:
     "One row per unit (unit, cluster, kind, score) of the answers to one task."
     return units([dict(unit=m["unit"], cluster=m["image_id"], kind=m["kind"], score=m["score"]) for m in (a["metadata"] for a in answers)])
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-046
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-047
 def score_matrix(
     folder: Path,                    # <run>/evaluate
     arm: str,
@@ -380,7 +380,7 @@ def score_matrix(
     if any([u["unit"] for u in t] != column("unit") for t in tables): raise UserError(f"the seeds of {arm} were not asked the same questions of {task}")
     return dict(seeds=seeds, units=column("unit"), clusters=column("cluster"), kinds=column("kind"), scores=[[u["score"] for u in t] for t in tables])
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-049
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-050
 def _percent(x: float | None) -> float | None: return None if x is None else round(100 * x, 1)
 
 def score_rows(result: dict) -> list[dict]:
@@ -393,7 +393,7 @@ def score_rows(result: dict) -> list[dict]:
             out.append(dict(task=task, arm=s["arm"], seed=s["seed"], score=_percent(s["overall"]), metric=s["metric"], n=s["n"], **extra, **lost))
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-050
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-051
 def type_rows(result: dict, task: str) -> list[dict]:
     "One row per question type: n, the majority answer's score and each arm's mean over its seeds, in percent."
     blind, scores = result["majority"][task], [s for s in result["scores"] if s["task"] == task]
@@ -402,15 +402,16 @@ def type_rows(result: dict, task: str) -> list[dict]:
     rows = [dict(type=k, n=b["n"], majority=_percent(b["score"]), **{a: mean(a, lambda s: s["by_type"][k]["score"]) for a in arms}) for k, b in blind["by_type"].items()]
     return rows + [dict(type="all", n=blind["n"], majority=_percent(blind["overall"]), **{a: mean(a, lambda s: s["overall"]) for a in arms})]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-054
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-055
 def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
     "One group of bars per question type, one bar per arm."
     import numpy as np
+    from blip2mgm.train import ARM_COLOURS
     x, width = np.arange(len(kinds)), .8 / len(arms)
     for i, arm in enumerate(arms):
         by_seed = np.array([[100 * s["by_type"][k]["score"] for k in kinds] for s in scores if s["arm"] == arm])      # [S, types]
         at = x - .4 + width * (i + .5)
-        ax.bar(at, by_seed.mean(0), width * .9, label=arm, color=f"C{i}", alpha=.75)
+        ax.bar(at, by_seed.mean(0), width * .9, label=arm, color=ARM_COLOURS.get(arm, f"C{i + 4}"), alpha=.75)
         for row in by_seed: ax.plot(at, row, ".", color="black", ms=3, alpha=.6)
 
 def plot_by_type(result: dict, task: str, ax=None):
@@ -421,21 +422,27 @@ def plot_by_type(result: dict, task: str, ax=None):
     if ax is None: _, ax = plt.subplots(figsize=(max(5, 1.15 * len(kinds)), 3), layout="constrained")
     _bars(ax, scores, kinds, arms)
     ax.hlines([100 * blind["by_type"][k]["score"] for k in kinds], [i - .42 for i in range(len(kinds))], [i + .42 for i in range(len(kinds))], "black", lw=1.5, label="majority answer")
-    ax.set(ylim=(0, 105), ylabel=f"{blind['metric']}, %", title=task)
+    ax.set(ylim=(0, 105), ylabel=f"{blind['metric']}, %")
+    ax.set_title(task, loc="left")
     ax.set_xticks(range(len(kinds)), [f"{k.replace('_', ' ')}\nn={blind['by_type'][k]['n']}" for k in kinds], fontsize=8, rotation=20 if len(kinds) > 6 else 0)
-    ax.legend(fontsize=7, ncols=len(arms) + 1, loc="upper center", bbox_to_anchor=(.5, 1.35), frameon=False)
+    ax.legend(fontsize=7, ncols=len(arms) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1, handlelength=1.2)
     return ax
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-056
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-057
 def choose(answers: list[dict], n: int, right: bool) -> list[dict]:
-    "Up to `n` right or wrong answers, taken in turn from the question types."
+    "Up to `n` right or wrong answers, taken in turn from the question types, new pictures first."
     by: dict = {}
     for a in answers:
         if (a["metadata"]["score"] >= .5) == right: by.setdefault(a["metadata"]["kind"], []).append(a)
-    turns = [kind[i] for i in range(max(map(len, by.values()), default=0)) for kind in by.values() if i < len(kind)]
-    return turns[:n]
+    out, shown = [], set()
+    while len(out) < n and any(by.values()):
+        for kind in filter(None, by.values()):
+            new = next((i for i, a in enumerate(kind) if a["metadata"]["image_id"] not in shown), 0)
+            out.append(kind.pop(new))
+            shown.add(out[-1]["metadata"]["image_id"])
+    return out[:n]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-057
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-058
 def _truth(q: Question) -> str:
     "The right answer as people gave it."
     return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else max(set(q.answers), key=q.answers.count)
@@ -446,9 +453,10 @@ def _panel(ax, q: Question, a: dict, right: bool) -> None:
     from blip2mgm.data import open_picture
     try: ax.imshow(open_picture(io.BytesIO(picture_bytes(q))))
     except Exception: ax.text(.5, .5, "unreadable picture", ha="center")
-    plain = lambda text, width: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), width)[:2])
-    ax.set_title(plain(q.question, 26), fontsize=8)
-    ax.set_xlabel(plain(f"says: {a['text'] or '(nothing)'}", 28) + "\n" + plain(f"truth: {_truth(q)}", 28), fontsize=8, color="#1b7837" if right else "#b2182b")
+    short = lambda text, most: text if len(text) <= most else text[:most - 1] + "…"
+    plain = lambda text: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), 22)[:3])
+    ax.set_title(plain(short(q.question, 62)), fontsize=8)
+    ax.set_xlabel(plain(f"says: {short(a['text'], 34) or '(nothing)'}") + "\n" + plain(f"truth: {short(_truth(q), 34)}"), fontsize=8, color="#1b7837" if right else "#b2182b")
     ax.set_xticks([]); ax.set_yticks([])
 
 def answer_gallery(questions: list[Question], answers: list[dict], columns: int = 6):
@@ -462,7 +470,7 @@ def answer_gallery(questions: list[Question], answers: list[dict], columns: int 
         for ax in row[len(chosen):]: ax.set_axis_off()
     return fig
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-059
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-060
 def conclusion(result: dict) -> list[str]:
     "What the scores say, in sentences; whether arms differ is for the report, which knows the uncertainty."
     out = []
@@ -470,8 +478,9 @@ def conclusion(result: dict) -> list[str]:
         rows = type_rows(result, task)
         arms, whole = list(rows[-1])[3:], rows[-1]
         out.append(f"{task} ({whole['n']:,} questions, {result['majority'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; the majority answer gets {whole['majority']:.1f}.")
-        below = [f"{r['type']} ({a})" for r in rows[:-1] for a in arms if r[a] <= r["majority"]]
-        out.append(f"Not above the majority answer on {task}: {', '.join(below)}." if below else f"On {task} every arm is above the majority answer for every question type.")
+        below = {r["type"]: [a for a in arms if r[a] <= r["majority"]] for r in rows[:-1]}
+        named = ", ".join(f"{k} ({'all arms' if len(v) == len(arms) else ', '.join(v)})" for k, v in below.items() if v)
+        out.append(f"Not above the majority answer on {task}: {named}." if named else f"On {task} every arm is above the majority answer for every question type.")
     lost = {k: sum(s["outcomes"][k] for s in result["scores"]) for k in ("empty", "unparsed", "failed")} | dict(truncated=sum(s["truncated"] for s in result["scores"]))
     n = sum(s["n_rows"] for s in result["scores"])
     return out + [f"Of {n:,} answers, " + ", ".join(f"{v:,} were {k}" for k, v in lost.items()) + "; they count as they are, nothing was put in their place."]

@@ -256,10 +256,9 @@ class Task:
     metric: str                                  # what `overall` is
     read: Callable[..., list[Question]]          # data root -> questions
     mark: Callable[[Question, str], dict]        # question, answer text -> score, outcome, read
-    max_new_tokens: int                          # the longest answer that makes sense
 
-TASKS = {t.name: t for t in (Task('textvqa', 'accuracy', read_textvqa, _mark_textvqa, 128),
-                             Task('mmbench', 'circular accuracy', read_mmbench, _mark_mmbench, 16))}
+TASKS = {t.name: t for t in (Task('textvqa', 'accuracy', read_textvqa, _mark_textvqa),
+                             Task('mmbench', 'circular accuracy', read_mmbench, _mark_mmbench))}
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-069
 def task_of(name: str) -> Task:

@@ -118,5 +118,5 @@ def test_tables_and_figures(world):
     assert type_rows(result, "textvqa")[-1]["n"] == 4 and all(isinstance(s, str) for s in conclusion(result))
     answers = read_jsonl(folder/"raw"/"seed0"/"textvqa"/"answers.jsonl")
     assert len(choose(answers, 9, True)) + len(choose(answers, 9, False)) == 4
-    assert plot_by_type(result, "textvqa").get_title() == "textvqa"
+    assert plot_by_type(result, "textvqa").get_title("left") == "textvqa"
     assert len(answer_gallery(ask_about(Path(cfg.data), cfg)["textvqa"], answers, 4).axes) == 8
