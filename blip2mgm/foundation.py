@@ -337,8 +337,9 @@ def _train_vit(cfg, vit, pool, test, log, device):
     import torch
     head, rows = _head(192, device), row_head(192, device)
     features = lambda x: vit(pixel_values=x).last_hidden_state[:, 1:].unflatten(1, (6, 6))
+    often = np.array([3. if s.sign else 1. for s in pool.scenes]); often /= often.sum()   # pictures with text come three times as often
     def loss(rng):
-        b = rng.integers(len(pool), size=cfg.batch); x, y = _dense_batch(pool, "blip", b, 6, device); f = features(x)
+        b = rng.choice(len(pool), cfg.batch, p=often); x, y = _dense_batch(pool, "blip", b, 6, device); f = features(x)
         codes, geometry = (torch.from_numpy(np.array(a[b])).to(device) for a in (pool.codes, pool.geometry["blip"]))
         return dense_loss(head(f), y) + row_loss(rows(row_features(f, geometry.float())), codes)
     vit.train(); optimise([vit, head, rows], loss, cfg.vit_steps, 1e-3, log, cfg.seed); vit.eval().requires_grad_(False)
