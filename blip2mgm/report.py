@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STAGES', 'STYLE', 'PAGE', 'TOP', 'ReportConfig', 'Artefacts', 'check_chain', 'check_again', 'data_rows', 'data_table',
            'training_logs', 'training_rows', 'training_table', 'samples_seen', 'unfair', 'score_tables', 'arm_scores',
-           'compare_arms', 'main_sentence', 'verdict_of', 'Shown', 'folded', 'banner', 'plot_verdict', 'score_table',
-           'difference_table', 'plot_scores', 'flip_rows', 'flip_table', 'pick_flips', 'flipped_answers', 'truth_of',
-           'gallery', 'captioner_rows', 'mention_rows', 'mention_table', 'captioner_table', 'limits', 'provenance',
-           'environment', 'plain', 'build', 'by_type', 'type_table', 'rows_of_enhance', 'finish_comparison', 'md_table',
-           'report_md', 'page_of', 'clear_top', 'write_comparison', 'publish']
+           'compare_arms', 'main_sentence', 'verdict_of', 'unlearned', 'Shown', 'folded', 'banner', 'plot_verdict',
+           'score_table', 'difference_table', 'plot_scores', 'flip_rows', 'flip_table', 'pick_flips', 'flipped_answers',
+           'truth_of', 'gallery', 'captioner_rows', 'mention_rows', 'mention_table', 'captioner_table', 'limits',
+           'provenance', 'environment', 'plain', 'build', 'by_type', 'type_table', 'rows_of_enhance',
+           'finish_comparison', 'md_table', 'report_md', 'page_of', 'clear_top', 'write_comparison', 'publish']
 
 # %% ../nbs/50_report.ipynb #50-report-002
 import html
@@ -231,7 +231,14 @@ def _controls(compared: list, cfg: ReportConfig) -> list[str]:
     role = {cfg.again: "the A/A arm, same captions and other seeds", "random": "as many raw rows, drawn by chance"}
     return [f"{arm} ({role.get(arm, 'another arm')}): " + "; ".join(f"{c.verdict} on {c.task} ({_says(c)})" for c in compared if c.arm == arm) + "." for arm in others]
 
-# %% ../nbs/50_report.ipynb #50-report-034
+# %% ../nbs/50_report.ipynb #50-report-032
+def unlearned(scores: list[dict], majority: dict[str, float], cfg: ReportConfig) -> list[str]:
+    "A warning for each task on which neither the arm in question nor the base is above the majority answer."
+    value = {(s["task"], s["arm"]): s["value"] for s in scores}
+    return [f"on {task} neither {cfg.arm} nor {cfg.base} is above the majority answer ({100 * least:.1f}%), so the models did not learn the task and a difference, or none, says little"
+            for task, least in majority.items() if max(value[task, cfg.arm], value[task, cfg.base]) <= least]
+
+# %% ../nbs/50_report.ipynb #50-report-037
 class Shown:
     "Something with a form for pages and one for plain text."
     def __init__(self, page: str, text: str): self.page, self.text = page, text
@@ -257,7 +264,7 @@ def banner(v: dict) -> Shown:
             f'<p style="font-size:1.1em;margin:.4em 0">{esc(v["sentence"])}</p>{loud}<ul style="margin:.4em 0;color:#44505c">{small}</ul></div>')
     return Shown(page, "\n".join([v["headline"].upper(), v["sentence"], *v["warnings"], *v["controls"]]))
 
-# %% ../nbs/50_report.ipynb #50-report-037
+# %% ../nbs/50_report.ipynb #50-report-040
 def plot_verdict(compared: list, cfg: ReportConfig):
     "Differences to the base with their intervals, a panel a task, the A/A arm on grey ground, as a figure."
     from blip2mgm.explore import panels
@@ -276,7 +283,7 @@ def plot_verdict(compared: list, cfg: ReportConfig):
         ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../nbs/50_report.ipynb #50-report-040
+# %% ../nbs/50_report.ipynb #50-report-043
 def score_table(scores: list[dict], majority: dict[str, float]) -> list[dict]:
     "Rows for the table of scores: percent with interval, and every seed; the majority answer is the line to beat."
     out = []
@@ -293,7 +300,7 @@ def difference_table(rows: list[dict]) -> list[dict]:
     return [{"task": c["task"], "arm": c["arm"], "difference": f"{100 * c['value']:+.1f}", f"{c['level']:.0%} interval": f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
              "verdict": c["verdict"], "each seed": ", ".join(f"{100 * v:+.1f}" for v in c["per_seed"]), "questions": c["n_questions"], "pictures": c["n_clusters"]} for c in rows]
 
-# %% ../nbs/50_report.ipynb #50-report-043
+# %% ../nbs/50_report.ipynb #50-report-046
 def plot_scores(scores: list[dict], majority: dict[str, float]):
     "Mean score of each arm with its interval, every seed as a dot, the majority answer as a line, as a figure."
     from blip2mgm.explore import panels
@@ -313,7 +320,7 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
         ax.grid(axis="x", visible=False)
     return fig
 
-# %% ../nbs/50_report.ipynb #50-report-046
+# %% ../nbs/50_report.ipynb #50-report-049
 def flip_rows(tables: dict, task: str, arm: str, base: str) -> list[dict]:
     "For each question: seeds in which the arm gained it and in which it lost it."
     a, b = tables[task, arm], tables[task, base]
@@ -335,7 +342,7 @@ def flip_table(tables: dict, tasks: list[str], arm: str, base: str) -> list[dict
                         "net, points": f"{100 * (gained - lost) / max(len(mine) * seeds, 1):+.1f}"})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-049
+# %% ../nbs/50_report.ipynb #50-report-052
 def pick_flips(rows: list[dict], n: int, seed: int) -> list[tuple[dict, str]]:
     "Up to `n` flipped questions, gains and losses in turn."
     import random
@@ -345,7 +352,7 @@ def pick_flips(rows: list[dict], n: int, seed: int) -> list[tuple[dict, str]]:
     pairs = [(way, i) for i in range(max(map(len, out.values()), default=0)) for way in out if i < len(out[way])]
     return [(out[way][i], way) for way, i in pairs][:n]
 
-# %% ../nbs/50_report.ipynb #50-report-050
+# %% ../nbs/50_report.ipynb #50-report-053
 def flipped_answers(art: Artefacts, tables: dict, task: str, cfg: ReportConfig, n: int) -> list[dict]:
     "Flipped questions with both answers of the first seed in which they flipped, as rows for the gallery."
     a, b = tables[task, cfg.arm], tables[task, cfg.base]
@@ -360,7 +367,7 @@ def flipped_answers(art: Artefacts, tables: dict, task: str, cfg: ReportConfig, 
                     "base": said[0][k][q]["text"], "arm": said[1][k][q]["text"], "from": [b["from"][k], a["from"][k]]})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-051
+# %% ../nbs/50_report.ipynb #50-report-054
 def truth_of(q) -> str:
     "The right answer of a question: the option, or what most people said."
     return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else Counter(q.answers).most_common(1)[0][0]
@@ -375,7 +382,7 @@ def _thumbnail(q, size: int = 150) -> str:
     im.save(buffer := io.BytesIO(), "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/50_report.ipynb #50-report-052
+# %% ../nbs/50_report.ipynb #50-report-055
 def _card(f: dict, q, base: str, arm: str) -> str:
     "One flipped question as a piece of a page."
     esc, (good, bad) = html.escape, ("#1b7837", "#b2182b")
@@ -392,7 +399,7 @@ def gallery(found: list[dict], questions: dict, base: str, arm: str) -> Shown:
     text = "\n".join(f"{f['way']}: {questions[f['task'], f['question_id']].question} {base} {f['base']!r}, {arm} {f['arm']!r}" for f in found)
     return Shown(f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{cards}</div>' if found else "<p>No answer flipped.</p>", text or "No answer flipped.")
 
-# %% ../nbs/50_report.ipynb #50-report-055
+# %% ../nbs/50_report.ipynb #50-report-058
 def captioner_rows(art: Artefacts, record: Path) -> list[dict]:
     "Shares of attributes named rightly: in the shipped record and in this run, with the file each comes from."
     out, summary = [], read_json(art.path("enhance/summary.json"))
@@ -417,11 +424,12 @@ def captioner_table(rows: list[dict]) -> list[dict]:
     if not names: return [{"named rightly": "not known: the data comes without the truth"}]
     return [{"named rightly": k} | {r["captions"]: f"{r['scores'][k]['share']:.1%} of {r['scores'][k]['n']:,}" if k in r["scores"] else None for r in rows} for k in names]
 
-# %% ../nbs/50_report.ipynb #50-report-057
+# %% ../nbs/50_report.ipynb #50-report-060
 def limits(compared: list, cfg: ReportConfig) -> list[str]:
     "What this run cannot show, from its own numbers."
-    k, unseen = len(compared), " and ".join(f"{100 * (c.high - c.low) / 2:.1f} points on {c.task}" for c in compared if c.arm == cfg.arm)
-    out = [f"No difference shown does not mean no difference: between {cfg.arm} and {cfg.base}, one below about {unseen} would go unseen.",
+    k, unseen = len(compared), " and ".join(f"{100 * (c.high - c.low) / 2:.1f} points on {c.task}" for c in compared if c.arm == cfg.arm and c.high > c.low)
+    out = [f"No difference shown does not mean no difference: between {cfg.arm} and {cfg.base}, one below about {unseen} would go unseen." if unseen else
+           "Every answer earned the same in both arms, so the intervals have no width and mean nothing.",
            f"There are {k} intervals at {cfg.level:.0%}. If nothing differed at all, at least one of them would still exclude zero in up to {1 - cfg.level ** k:.0%} of such runs; "
            f"the verdict rests on {cfg.arm} and was not corrected for this.",
            f"Seeds vary the order of the data and the fresh weights, {compared[0].n_seeds} times; captions, filters and base models were made once.",
@@ -430,7 +438,7 @@ def limits(compared: list, cfg: ReportConfig) -> list[str]:
         out.append("Pictures are drawn by a program and models are small; the size of a difference here says nothing about photographs and models of full size.")
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-058
+# %% ../nbs/50_report.ipynb #50-report-061
 def provenance(art: Artefacts, cfg: ReportConfig) -> list[dict]:
     "For each stage: when and on what it ran, how long, its code, and the command that repeats it."
     from blip2mgm.core import notebook_of
@@ -452,7 +460,7 @@ def plain(rows: list[dict]) -> list[dict]:
     "Rows for a table: without the files they come from."
     return [{k: v for k, v in r.items() if k != "from"} for r in rows]
 
-# %% ../nbs/50_report.ipynb #50-report-060
+# %% ../nbs/50_report.ipynb #50-report-063
 def build(art: Artefacts, cfg: ReportConfig) -> tuple[dict, dict, list, list]:
     "The comparison as it is written, the tables of scores, the comparisons and the training logs."
     check_chain(art, data_hash(cfg))
@@ -464,14 +472,16 @@ def build(art: Artefacts, cfg: ReportConfig) -> tuple[dict, dict, list, list]:
     compared, trained = compare_arms(tables, cfg), training_rows(logs)
     files = lambda c: tables[c.task, c.arm]["from"] + tables[c.task, c.base]["from"]
     explored = read_json(art.path("explore/analysis_results.json"))["captions"]
-    out = {**verdict_of(compared, cfg, unfair(trained)), "comparisons": [c.to_dict() | {"verdict": c.verdict, "from": files(c)} for c in compared], "scores": arm_scores(tables, cfg.level),
+    scores, majority = arm_scores(tables, cfg.level), {t: m["overall"] for t, m in found["majority"].items()}
+    warnings = unfair(trained) + (unlearned(scores, majority, cfg) if cfg.arm in arms else [])
+    out = {**verdict_of(compared, cfg, warnings), "comparisons": [c.to_dict() | {"verdict": c.verdict, "from": files(c)} for c in compared], "scores": scores,
            "majority": [{"task": t, "value": m["overall"], "n": m["n"], "by_type": m["by_type"], "from": ["evaluate/scores.json"]} for t, m in found["majority"].items()],
            "by_type": by_type(found), "flips": [f | {"from": files(compared[0])} for f in flip_table(tables, tasks, cfg.arm, cfg.base)], "data": data_rows(art, arms, cfg),
            "explored": {"captions": explored["captions"], "words": explored["words"], "from": ["explore/analysis_results.json"]}, "rows": rows_of_enhance(art),
            "training": trained, "samples": samples_seen(trained), "captioner": captioner_rows(art, weights_dir()/"record.json"), "mentions": mention_rows(art), "limits": limits(compared, cfg)}
     return out, tables, compared, logs
 
-# %% ../nbs/50_report.ipynb #50-report-061
+# %% ../nbs/50_report.ipynb #50-report-064
 def by_type(found: dict) -> list[dict]:
     "Mean score over seeds by task, question type and arm, beside the majority answer."
     out = []
@@ -493,13 +503,13 @@ def rows_of_enhance(art: Artefacts) -> dict:
     s = read_json(art.path("enhance/summary.json"))
     return {"rows": s["rows"], "operators": s.get("operators", []), "rejected_by": s.get("rejected_by", {}), "from": ["enhance/summary.json"]}
 
-# %% ../nbs/50_report.ipynb #50-report-062
+# %% ../nbs/50_report.ipynb #50-report-065
 def finish_comparison(out: dict, art: Artefacts, cfg: ReportConfig, shown: list[dict]) -> dict:
     "The comparison with what was shown, its parameters, seeds, provenance and the hash of every file that was read."
     return out | {"shown": shown, "parameters": cfg.to_dict(), "pictures": data_hash(cfg), "seeds": {s["arm"]: s["seeds"] for s in out["scores"]}, "stages": provenance(art, cfg),
                   "environment": environment(art), "files": dict(sorted(art.used.items()))}
 
-# %% ../nbs/50_report.ipynb #50-report-064
+# %% ../nbs/50_report.ipynb #50-report-067
 def _md(text) -> str: return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str("" if text is None else text).split()))
 
 def md_table(rows: list[dict]) -> str:
@@ -519,7 +529,7 @@ def report_md(out: dict, figures: str = "report/") -> str:
              "## Limits", "\n".join(f"- {_md(x)}" for x in out["limits"]), "## Provenance", md_table(plain(out["stages"])), md_table([{"file": k, "sha256": v} for k, v in out["files"].items()])]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/50_report.ipynb #50-report-066
+# %% ../nbs/50_report.ipynb #50-report-069
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:72em;margin:1.5em auto;padding:0 1.5em}h1{font-size:1.5em;margin:.2em 0}
 h2{margin-top:2em;border-bottom:1px solid #ddd;font-size:1.25em}h3{font-size:1.05em}nav{font-size:.9em;margin:.5em 0 1em}nav a{margin-right:1em}a{color:#2166ac;text-decoration:none}
 table{border-collapse:collapse;font-size:.88em;margin:.6em 0;display:block;overflow-x:auto}th,td{padding:.25em .7em;border-bottom:1px solid #e4e4e4;vertical-align:top}
@@ -535,7 +545,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../nbs/50_report.ipynb #50-report-067
+# %% ../nbs/50_report.ipynb #50-report-070
 def _report_cells(nb) -> list:
     "The cells after the heading `The report`; UserError if there is none."
     at = next((i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and c.source.strip().startswith("# The report")), None)
@@ -556,7 +566,7 @@ def page_of(notebook: str | Path, title: str) -> str:
     nav = "".join(f'<a href="#part{i}">{text}</a>' for i, text in enumerate(heads, 1))
     return PAGE.format(title=html.escape(title), style=STYLE, nav=nav, body=body)
 
-# %% ../nbs/50_report.ipynb #50-report-069
+# %% ../nbs/50_report.ipynb #50-report-072
 TOP = ("report.html", "report.ipynb", "report.md", "comparison.json")   # in the run folder itself
 
 def clear_top(run: str | Path) -> None:
