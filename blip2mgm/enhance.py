@@ -285,7 +285,7 @@ def captions_in(name:str, lines:list[dict]) -> list[str]:
 def change_stats(lines:list[dict], budget:int=1000, seed:int=0) -> dict[str, dict]:
     "Statistics of each set of captions, with diversity at a number of words that all of them have"
     sets = {name: captions_in(name, found) for name, found in caption_sets(lines).items() if found}
-    words_each = common_budget(*sets.values(), most=budget)
+    words_each = common_budget(*sets.values(), blocks=5, most=budget)
     cut = {name: sum(line["caption_status"] == "cut" for line in found) / max(len(found), 1) for name, found in caption_sets(lines).items()}
     return {name: describe(found, words_each if words_each >= 50 else 0, seed) | {"cut": None if name.startswith("raw") else cut[name]}
             for name, found in sets.items()}
