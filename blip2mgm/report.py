@@ -215,9 +215,9 @@ def verdict_of(compared: list, cfg: ReportConfig, warnings: list[str] = ()) -> d
     if not again: warn.append(f"there is no A/A arm ({cfg.again}), so what chance does was not measured")
     if main[0].n_seeds < 2: warn.append("one seed cannot tell an arm from the luck of its seed")
     warn += warnings
-    sentence = (f"This run is not to be trusted: {'; '.join(warn)}. " if wrong else "") + main_sentence(main) + (
-        f" The A/A arm {cfg.again} shows no difference, as it should." if again and not wrong else "")
-    return {"headline": "not to be trusted" if wrong else _headline(main), "sentence": sentence, "trusted": not wrong, "verdicts": {c.task: c.verdict for c in main},
+    found = main_sentence(main) + (f" The A/A arm {cfg.again} shows no difference, as it should." if again and not wrong else "")
+    sentence = f"This run is not to be trusted: {'; '.join(warn)}. {found}" if wrong else " ".join([found, *(f"But {w}." for w in warn)])
+    return {"headline": "not to be trusted" if wrong else _headline(main), "sentence": sentence, "finding": found, "trusted": not wrong, "verdicts": {c.task: c.verdict for c in main},
             "warnings": warn, "controls": _controls(compared, cfg)}
 
 def _headline(main: list) -> str:
@@ -255,14 +255,14 @@ def folded(title: str, table) -> Shown:
     return Shown(f"<details><summary>{html.escape(title)}</summary>{table._repr_html_()}</details>", repr(table))
 
 def banner(v: dict) -> Shown:
-    "The verdict as a box: headline, sentence, warnings, controls."
+    "The verdict as a box: headline, finding, warnings, controls."
     tone, esc = _tone(v), html.escape
     loud = "".join(f'<p style="margin:.4em 0;font-weight:bold;color:#b35806">&#9888; {esc(w[0].upper() + w[1:])}.</p>' for w in v["warnings"])
     small = "".join(f'<li>{esc(c)}</li>' for c in v["controls"])
     page = (f'<div style="border-left:8px solid {tone};background:#f6f7f8;padding:.7em 1.2em;margin:.5em 0;max-width:56em">'
             f'<p style="font-size:1.7em;font-weight:bold;color:{tone};margin:.1em 0">{esc(v["headline"][0].upper() + v["headline"][1:])}</p>'
-            f'<p style="font-size:1.1em;margin:.4em 0">{esc(v["sentence"])}</p>{loud}<ul style="margin:.4em 0;color:#44505c">{small}</ul></div>')
-    return Shown(page, "\n".join([v["headline"].upper(), v["sentence"], *v["warnings"], *v["controls"]]))
+            f'<p style="font-size:1.1em;margin:.4em 0">{esc(v["finding"])}</p>{loud}<ul style="margin:.4em 0;color:#44505c">{small}</ul></div>')
+    return Shown(page, "\n".join([v["headline"].upper(), v["finding"], *v["warnings"], *v["controls"]]))
 
 # %% ../nbs/50_report.ipynb #50-report-040
 def plot_verdict(compared: list, cfg: ReportConfig):
@@ -521,7 +521,7 @@ def md_table(rows: list[dict]) -> str:
 def report_md(out: dict, figures: str = "report/") -> str:
     "The report in Markdown; `figures` is where the figures lie from where it is written."
     majority, base = {m["task"]: m["value"] for m in out["majority"]}, out["parameters"]["base"]
-    parts = [f"# {out['headline'][0].upper() + out['headline'][1:]}", _md(out["sentence"]), *(f"**{_md(w)}**" for w in out["warnings"]), "\n".join(f"- {_md(c)}" for c in out["controls"]),
+    parts = [f"# {out['headline'][0].upper() + out['headline'][1:]}", _md(out["finding"]), *(f"**{_md(w)}**" for w in out["warnings"]), "\n".join(f"- {_md(c)}" for c in out["controls"]),
              f"![differences]({figures}difference.png)", "## Differences", md_table(difference_table(out["comparisons"])), "## Scores", md_table(score_table(out["scores"], majority)),
              f"![scores]({figures}scores.png)", "## Data", md_table(data_table(out["data"], base)), "## Training", md_table(training_table(out["training"])), f"![training]({figures}training.png)",
              *(part for t in majority for part in (f"## By question type: {_md(t)}", md_table(type_table(out["by_type"], t)))),
