@@ -176,6 +176,7 @@ def run_recipe(
     for old in folder.parent.glob(f".{folder.name}.*"): shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    part.chmod(0o755)
     write_dj(part/"in.jsonl", (_dj_row(r, Path(root)) for r in rows))
     dj_process(resolve_recipe(recipe, part, captioner, workers), part, len(rows))
     shutil.rmtree(part/"cache", ignore_errors=True)
