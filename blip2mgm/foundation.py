@@ -39,7 +39,7 @@ class FoundationConfig(Config):
     conversations: int = 1      # conversations written per picture for Gemma
     device: str = "auto"        # auto, cpu or cuda
     workers: int = 2            # processes that draw and write
-    seed: int = 0
+    seed: int = 0               # of pictures, weights and order
     keep: bool = False          # replace the weights that are shipped
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-008
