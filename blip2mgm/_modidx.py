@@ -464,7 +464,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'blip2mgm.mgm.build': ('mgm.html#build', 'blip2mgm/mgm.py'),
                               'blip2mgm.mgm.check_labels': ('mgm.html#check_labels', 'blip2mgm/mgm.py'),
                               'blip2mgm.mgm.collate': ('mgm.html#collate', 'blip2mgm/mgm.py'),
-                              'blip2mgm.mgm.cut_windows': ('mgm.html#cut_windows', 'blip2mgm/mgm.py'),
                               'blip2mgm.mgm.encode_conversation': ('mgm.html#encode_conversation', 'blip2mgm/mgm.py'),
                               'blip2mgm.mgm.encode_question': ('mgm.html#encode_question', 'blip2mgm/mgm.py'),
                               'blip2mgm.mgm.enlarge': ('mgm.html#enlarge', 'blip2mgm/mgm.py'),

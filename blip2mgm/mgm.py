@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGE_ID', 'IGNORE', 'IMAGE', 'MODEL_TURN', 'PREFIXES', 'PIECES', 'FULL_TOWERS',
            'pad_to_square', 'resize_and_crop', 'preprocess', 'lowres', 'MGMConfig', 'Features', 'enlarge', 'windows',
-           'folded', 'mine', 'standardise', 'norm_linear', 'MGM', 'set_activation', 'image_first', 'render_turn',
-           'front_ids', 'text_ids', 'token_ids', 'label_mask', 'render', 'encode_conversation', 'encode_question',
-           'collate', 'Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'MGMOutput', 'check_labels',
-           'token_loss', 'LeanNorm', 'lean_norm', 'make_norms_lean', 'label_places', 'rotate', 'layer_at', 'pick',
+           'folded', 'mine', 'standardise', 'LeanNorm', 'lean_norm', 'make_norms_lean', 'norm_linear', 'MGM',
+           'set_activation', 'image_first', 'render_turn', 'front_ids', 'text_ids', 'token_ids', 'label_mask', 'render',
+           'encode_conversation', 'encode_question', 'collate', 'Splice', 'picture_numbers', 'splice', 'lay_out',
+           'NoLabels', 'MGMOutput', 'check_labels', 'token_loss', 'label_places', 'rotate', 'layer_at', 'pick',
            'stop_ids', 'read_part', 'said_activation', 'from_parts', 'original_name', 'our_name', 'tower_configs',
            'gemma_config', 'model_config', 'build', 'weight_files', 'read_original', 'load_original',
            'stage1_parameters', 'save_original']
@@ -153,6 +153,35 @@ def mine(
 def standardise(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     "Zero mean, unit variance over the last axis: a layer norm without weights."
     return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-093
+class LeanNorm(torch.autograd.Function):
+    "x / rms(x) * w with a gradient in few passes."
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        over = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+        y = x*over
+        ctx.save_for_backward(y, over, w)
+        return y*w
+
+    @staticmethod
+    def backward(ctx, g):
+        y, over, w = ctx.saved_tensors
+        h = g*w
+        mean = torch.linalg.vecdot(h, y).unsqueeze(-1).div_(-y.shape[-1])
+        dw = (g*y).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(h, y, mean).mul_(over), dw, None
+
+# %% ../nbs/04_mgm.ipynb #04-mgm-094
+def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
+    "Gemma's norm: light in training, the library's own otherwise."
+    if not (self.training and x.dtype == torch.float32): return type(self).forward(self, x)
+    return LeanNorm.apply(x, 1 + self.weight, self.eps)
+
+def make_norms_lean(lm: GemmaForCausalLM) -> None:
+    "Each norm of the language model takes the light way in training."
+    for m in lm.modules():
+        if type(m).__name__ == "GemmaRMSNorm": m.forward = types.MethodType(lean_norm, m)
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-038
 def norm_linear(n: int, m: int) -> nn.Sequential:
@@ -478,35 +507,6 @@ def hidden_states(self: MGM, embeds: torch.Tensor, mask: torch.Tensor) -> torch.
     "Gemma's last hidden states [B, L, D]."
     mask = None if bool(mask.all()) else mask.long()
     return self.gemma.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
-
-# %% ../nbs/04_mgm.ipynb #04-mgm-093
-class LeanNorm(torch.autograd.Function):
-    "x / rms(x) * w with a gradient in few passes."
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        over = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
-        y = x*over
-        ctx.save_for_backward(y, over, w)
-        return y*w
-
-    @staticmethod
-    def backward(ctx, g):
-        y, over, w = ctx.saved_tensors
-        h = g*w
-        mean = torch.linalg.vecdot(h, y).unsqueeze(-1).div_(-y.shape[-1])
-        dw = (g*y).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return torch.addcmul(h, y, mean).mul_(over), dw, None
-
-# %% ../nbs/04_mgm.ipynb #04-mgm-094
-def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
-    "Gemma's norm: light in training, the library's own otherwise."
-    if not (self.training and x.dtype == torch.float32): return type(self).forward(self, x)
-    return LeanNorm.apply(x, 1 + self.weight, self.eps)
-
-def make_norms_lean(lm: GemmaForCausalLM) -> None:
-    "Each norm of the language model takes the light way in training."
-    for m in lm.modules():
-        if type(m).__name__ == "GemmaRMSNorm": m.forward = types.MethodType(lean_norm, m)
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-097
 @patch(as_prop=True)
