@@ -40,7 +40,7 @@ class QuickDropout(nn.Module):
         "Which values of x stay, as 0 and 1."
         n = x.numel()
         bits = torch.empty(-(-n//4), dtype=torch.int64).random_(-2**63, None, generator=self.bits).view(torch.int16)
-        return (bits[:n] >= self.threshold).view(x.shape).to(x.dtype)
+        return torch.ge(bits[:n].view(x.shape), self.threshold, out=torch.empty(x.shape, dtype=x.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0: return x

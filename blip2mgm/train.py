@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib, json, math, os, sys, time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -157,22 +157,22 @@ class FeatureStore:
         return Features(clip, aux)
 
 # %% ../nbs/30_train.ipynb #30-train-027
-def picture_features(model, root: Path, pictures: Sequence[str], aspect: str):
-    "Features of some pictures of the data folder, in 16 bits."
+def picture_features(model, root: Path, pictures: Sequence[str], aspect: str) -> dict:
+    "Features of some pictures of the data folder, in 16 bits, by the name of their file."
     import torch
     from blip2mgm.data import open_picture
     from blip2mgm.mgm import preprocess
     with torch.no_grad():
         pixels = torch.stack([preprocess(open_picture(inside(root, p)), aspect, model.config.image_size_aux) for p in pictures])
-        return model.vision_features(images_aux=pixels).to("cpu", torch.float16)
+        seen = model.vision_features(images_aux=pixels).to("cpu", torch.float16)
+    return dict(clip=seen.clip, **{f"aux{i}": a for i, a in enumerate(seen.aux)})
 
 # %% ../nbs/30_train.ipynb #30-train-028
-def fill(cfg: TrainConfig, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
+def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
     "Features of `pictures` into the rows from `start` on; the unit of parallel work."
     import numpy as np
-    model = _model(cfg)
-    seen = picture_features(model, root, pictures, aspect)
-    for name, t in zip(("clip", *(f"aux{i}" for i in range(len(seen.aux)))), (seen.clip, *seen.aux)):
+    model = _model(TrainConfig(**cfg))
+    for name, t in picture_features(model, root, pictures, aspect).items():
         out = np.load(folder/f"{name}.npy", mmap_mode="r+")
         out[start:start+len(pictures)] = t.numpy()
         out.flush()
@@ -207,16 +207,16 @@ def make_features(
 ) -> Path:
     "Computes the features of `pictures` unless they are there."
     import numpy as np
+    from blip2mgm.train import fill   # the workers know the module, not the notebook
     pictures = sorted(set(pictures))
     fingerprint = features_fingerprint(cfg, root, pictures, aspect)
     if (folder/"features.json").is_file() and read_json(folder/"features.json")["fingerprint"] == fingerprint: return folder
     (folder/"features.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    probe = picture_features(_model(cfg), root, pictures[:1], aspect)
-    arrays = dict(clip=probe.clip, **{f"aux{i}": a for i, a in enumerate(probe.aux)})
+    arrays = picture_features(_model(cfg), root, pictures[:1], aspect)
     for name, t in arrays.items(): np.lib.format.open_memmap(folder/f"{name}.npy", "w+", "float16", (len(pictures), *t.shape[1:])).flush()
     parts = [(i, pictures[i:i+64]) for i in range(0, len(pictures), 64)]
-    todo = [pool.submit(fill, cfg, root, folder, aspect, i, part) for i, part in parts]
+    todo = [pool.submit(fill, cfg.to_dict(), root, folder, aspect, i, part) for i, part in parts]
     for t in track(todo, f"looking at pictures ({aspect})"): t.result()
     write_json(folder/"features.json", dict(fingerprint=fingerprint, aspect=aspect, arrays=list(arrays), pictures=pictures))
     return folder
@@ -402,8 +402,9 @@ def stage2(job: Job, model) -> dict:
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
 # %% ../nbs/30_train.ipynb #30-train-056
-def train_arm(job: Job) -> dict:
-    "Both stages of one arm and seed; returns its summary, which is also written to result.json."
+def train_arm(job: dict) -> dict:
+    "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
+    job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
     if is_done(job, 2) and is_done(job, 1): return read_json(Path(job.folder, "result.json"))
     try:
         model = base_model(job.cfg)[0]
@@ -469,6 +470,7 @@ class Fresh(SpawnContext): Process = Worker
 def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
+    from blip2mgm.train import Fresh, begin_worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     stop = Fresh().Event()
     pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
@@ -561,11 +563,12 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
 # %% ../nbs/30_train.ipynb #30-train-075
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
+    from blip2mgm.train import train_arm
     todo = [j for j in jobs if not (is_done(j, 1) and is_done(j, 2))]
     for j in todo:
         for s in (1, 2):
             if not is_done(j, s): Path(j.folder, f"stage{s}", "steps.jsonl").unlink(missing_ok=True)
-    running = {pool.submit(train_arm, j): j for j in todo}
+    running = {pool.submit(train_arm, asdict(j)): j for j in todo}
     try:
         for _ in track(watch(running, total, draw), "training", total) if todo else (): pass
     except BaseException:
@@ -639,10 +642,10 @@ LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learni
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
 def smooth(values, width: int = 5):
-    "A running mean, shorter at the ends."
+    "A running mean, shorter at the ends; short curves stay as they are."
     import numpy as np
-    v = np.asarray(values, float)
-    return np.array([v[max(i-width//2, 0):i+width//2+1].mean() for i in range(len(v))])
+    v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
+    return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
 # %% ../nbs/30_train.ipynb #30-train-084
 def plot_bands(
@@ -654,7 +657,7 @@ def plot_bands(
     "One quantity over the steps of a stage, an arm a line; returns the axes."
     import numpy as np
     for arm, seeds in logs.items():
-        curves = [smooth([r[key] for r in s[stage]]) for s in seeds.values() if s[stage]]
+        curves = [smooth([r[key] for r in s[stage]], 1 if key == "lr" else 5) for s in seeds.values() if s[stage]]
         if not curves: continue
         n = min(map(len, curves))
         c = np.array([x[:n] for x in curves])
