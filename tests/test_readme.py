@@ -20,7 +20,7 @@ def test_readme_is_the_index_notebook():
     assert README == readme.text(), "run `make readme`"
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z]+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.M))))
 def test_make_targets_exist(target):
     assert target in TARGETS
 
