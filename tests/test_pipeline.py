@@ -42,7 +42,7 @@ def findings(run):
     def plain(x):
         if isinstance(x, dict): return {k: plain(v) for k, v in x.items() if not re.search("second|time|start|memory|machine|version|sha|hash|path|file", k)}
         return [plain(v) for v in x] if isinstance(x, list) else x
-    return plain(read_json(run / "comparison.json"))
+    return plain(json.loads((run / "comparison.json").read_text(encoding="utf-8").replace(str(run), "RUN")))
 
 
 def test_every_stage_leaves_what_it_owes(finished):
