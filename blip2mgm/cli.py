@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'config_class', 'Step', 'load_step', 'needs',
            'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
-           'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'run_profile', 'farewell',
-           'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list', 'do_lab',
-           'do_check', 'do_clean', 'parser', 'main']
+           'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
+           'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
+           'do_compare', 'do_history', 'do_lab', 'do_check', 'do_explore', 'do_clean', 'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
 import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -303,15 +303,24 @@ def chosen(
                             f"leave out --from and --only, or run {n} first")
     return todo
 
-# %% ../nbs/80_cli.ipynb #80-cli-055
-def _run_or_keep(step, label, force, again):
-    why = "asked to" if force else stale(step.name, step.cfg)
+# %% ../nbs/80_cli.ipynb #80-cli-056
+def why_run(step:Step) -> str|None:
+    "Why a stage must run, in a few words; None if its result still stands and the report is where it is looked for"
+    run = resolve(step.cfg.run)
+    top = importlib.import_module("blip2mgm.report").TOP if step.name == "report" else ()
+    gone = [name for name in top if not (run/name).is_file()]
+    return stale(step.name, step.cfg) or (f"{gone[0]} is missing" if gone else None)
+
+def _run_or_keep(step, label, force, again, steps):
+    why = "asked to" if force else why_run(step)
     if why is None: print(f"{label} unchanged, kept", flush=True)
     else:
         print(f"{label} running ({why})", flush=True)
+        if step.name == "train" and "report" in [s.name for s in steps]:  # what is asked is written down before a model is trained
+            importlib.import_module("blip2mgm.report").freeze_plan(resolve(step.cfg.run), {s.name: s.cfg for s in steps})
         print(f"{label} done in {duration(run_step(step, label, again))}", flush=True)
 
-# %% ../nbs/80_cli.ipynb #80-cli-056
+# %% ../nbs/80_cli.ipynb #80-cli-057
 def run_profile(
     profile:str, # a name in params/ or the path of a folder
     first:str|None=None, # start with this stage
@@ -325,26 +334,26 @@ def run_profile(
     again = " ".join(["blip2mgm run", profile, *(["--run", run] if run else [])])
     print(f"{len(steps)} stage{'s' * (len(steps) > 1)} into {show_path(folder)}; all parameters are in order", flush=True)
     with only_one(folder):
-        for step in todo: _run_or_keep(step, f"[{steps.index(step) + 1}/{len(steps)}] {step.name:<9}", force, again)
+        for step in todo: _run_or_keep(step, f"[{steps.index(step) + 1}/{len(steps)}] {step.name:<9}", force, again, steps)
     farewell(folder)
 
-# %% ../nbs/80_cli.ipynb #80-cli-058
+# %% ../nbs/80_cli.ipynb #80-cli-059
 def farewell(run:Path):
     "Print what the run came to, and where to read it"
     if (run/"comparison.json").is_file(): print(f"\n{read_json(run/'comparison.json')['sentence']}")
     if (run/"report.html").is_file(): print(f"Report: {show_path(run/'report.html')}")
 
-# %% ../nbs/80_cli.ipynb #80-cli-061
+# %% ../nbs/80_cli.ipynb #80-cli-062
 def status_table(steps:list[Step]) -> Table:
     "For each stage: is its result still good, since when, and how long it took"
     rows = []
     for s in steps:
-        record, why = record_of(resolve(s.cfg.run), s.name) or {}, stale(s.name, s.cfg)
+        record, why = record_of(resolve(s.cfg.run), s.name) or {}, why_run(s)
         rows.append({"stage": s.name, "state": "up to date" if why is None else f"to run: {why}", "started": record.get("start"),
                      "took": duration(record["seconds"]) if record else None, "memory (MiB)": record.get("peak_memory_mib")})
     return show_table(rows)
 
-# %% ../nbs/80_cli.ipynb #80-cli-062
+# %% ../nbs/80_cli.ipynb #80-cli-063
 def profile_table() -> Table:
     "The profiles that come with the project"
     rows = []
@@ -354,7 +363,7 @@ def profile_table() -> Table:
                      "parameter files": show_path(folder)})
     return show_table(rows)
 
-# %% ../nbs/80_cli.ipynb #80-cli-065
+# %% ../nbs/80_cli.ipynb #80-cli-066
 def clean_run(run:Path, sure:bool=False) -> bool:
     "Remove a run folder with all results, after asking; UserError for a folder that no run has made"
     if not run.is_dir(): raise UserError(f"{show_path(run)} is not there: nothing to remove")
@@ -366,7 +375,7 @@ def clean_run(run:Path, sure:bool=False) -> bool:
     with only_one(run): shutil.rmtree(run)
     return True
 
-# %% ../nbs/80_cli.ipynb #80-cli-068
+# %% ../nbs/80_cli.ipynb #80-cli-069
 def lab_command(extra:list[str]=()) -> list[str]:
     "The command that opens JupyterLab on the project with this Python"
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
@@ -374,7 +383,7 @@ def lab_command(extra:list[str]=()) -> list[str]:
             "--LabApp.default_url=/lab/tree/nbs/index.ipynb", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
             *root, *extra]
 
-# %% ../nbs/80_cli.ipynb #80-cli-071
+# %% ../nbs/80_cli.ipynb #80-cli-072
 def _run_folder(given) -> str|None:
     "A run folder named on the command line is taken from where the command is given"
     return given and show_path(Path(given).expanduser().absolute())
@@ -382,19 +391,25 @@ def _run_folder(given) -> str|None:
 def do_run(args): run_profile(args.profile, getattr(args, "from"), args.only, args.force, _run_folder(args.run))
 def do_status(args): print(status_table(load_profile(args.profile, _run_folder(args.run))))
 def do_list(args): print(profile_table())
+def do_compare(args): print(show_table(importlib.import_module("blip2mgm.report").compare_runs(args.runs, args.arm)))
+def do_history(args): print(show_table(importlib.import_module("blip2mgm.report").history(args.folder)))
 def do_lab(args): return subprocess.call(lab_command(args.extra))
 
-# %% ../nbs/80_cli.ipynb #80-cli-072
+# %% ../nbs/80_cli.ipynb #80-cli-073
 def do_check(args):
     steps = load_profile(args.profile)
     print(show_table([{"stage": s.name, "parameter file": show_path(s.file), "builds on": " ".join(needs(s.name))} for s in steps]))
     print(f"\n{args.profile}: all parameters are in order")
 
+def do_explore(args):
+    from blip2mgm.explore import preview
+    print(preview(args.path, args.root, args.depth, args.sample))
+
 def do_clean(args):
     run = resolve(_run_folder(args.run) or load_profile(args.profile)[0].cfg.run)
     print(f"removed {show_path(run)}" if clean_run(run, args.yes) else "nothing was removed")
 
-# %% ../nbs/80_cli.ipynb #80-cli-074
+# %% ../nbs/80_cli.ipynb #80-cli-075
 _ABOUT = """Does enhancing captions with BLIP-2 make a LoRA-tuned vision-language model better?
 
 Five notebooks answer that, from the data to a verdict: explore, enhance, train, evaluate, report.
@@ -410,7 +425,7 @@ def _command(commands, name, do, help, profile=True, run=False):
     if run: c.add_argument("--run", metavar="DIR", help="another run folder than the profile names")
     return c
 
-# %% ../nbs/80_cli.ipynb #80-cli-075
+# %% ../nbs/80_cli.ipynb #80-cli-076
 def _add_commands(commands):
     "The commands with their options"
     run = _command(commands, "run", do_run, "run a profile's stages; what is unchanged is kept, what was interrupted goes on", run=True)
@@ -419,13 +434,23 @@ def _add_commands(commands):
     run.add_argument("--force", action="store_true", help="run even what is unchanged")
     _command(commands, "check", do_check, "check all parameters of a profile without running anything")
     _command(commands, "status", do_status, "tell which stages are up to date, and why the others are not", run=True)
+    explore = _command(commands, "explore", do_explore, "tell what is in a data set of your own: a file or a folder of shards", profile=False)
+    explore.add_argument("path", help="jsonl, json, tsv, Parquet or WebDataset, also as .gz or .zst")
+    explore.add_argument("--root", metavar="DIR", help="the folder that image paths start from, if not the one of the file")
+    explore.add_argument("--sample", metavar="N", type=int, default=0, help="look at N rows drawn by chance")
+    explore.add_argument("--depth", choices=["full", "shape", "text"], default="full", help="decode every picture, read their headers, or leave them alone")
     _command(commands, "list", do_list, "list the profiles", profile=False)
+    compare = _command(commands, "compare", do_compare, "compare finished runs of other recipes or models, question by question", profile=False)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more; the others are compared with the first")
+    compare.add_argument("--arm", help="the arm to compare, if not the one that each run's verdict is about")
+    history = _command(commands, "history", do_history, "list all runs with what they asked and found", profile=False)
+    history.add_argument("folder", nargs="?", default="runs", help="where the run folders lie (runs)")
     lab = _command(commands, "lab", do_lab, "open the notebooks in JupyterLab, on this machine only", profile=False)
     lab.add_argument("extra", nargs="*", metavar="OPTION", help="passed on to JupyterLab; write -- before it: blip2mgm lab -- --no-browser")
     clean = _command(commands, "clean", do_clean, "remove a profile's run folder with all its results", run=True)
     clean.add_argument("--yes", action="store_true", help="do not ask")
 
-# %% ../nbs/80_cli.ipynb #80-cli-076
+# %% ../nbs/80_cli.ipynb #80-cli-077
 def parser() -> argparse.ArgumentParser:
     "What the command line understands"
     p = argparse.ArgumentParser("blip2mgm", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -433,7 +458,7 @@ def parser() -> argparse.ArgumentParser:
     _add_commands(p.add_subparsers(title="commands", metavar="COMMAND", required=True))
     return p
 
-# %% ../nbs/80_cli.ipynb #80-cli-079
+# %% ../nbs/80_cli.ipynb #80-cli-080
 def _tell(error:Exception, debug:bool) -> int:
     "Print an error as a person wants it; returns the exit status"
     known, failed = isinstance(error, UserError), isinstance(error, StageFailed)
@@ -442,7 +467,7 @@ def _tell(error:Exception, debug:bool) -> int:
     if not known: print("(this should not happen; --debug shows where)", file=sys.stderr)
     return 2 if known and not failed else 1
 
-# %% ../nbs/80_cli.ipynb #80-cli-080
+# %% ../nbs/80_cli.ipynb #80-cli-081
 def main(argv:list[str]|None=None) -> int:
     "The command `blip2mgm`; returns its exit status: 0 well, 1 a stage failed, 2 something to put right first, 130 stopped"
     args = parser().parse_args(argv)

@@ -166,7 +166,7 @@ def inside(root, path) -> Path:
     "`path` under `root` with links resolved; UserError if it leads out of `root`"
     root = Path(root).resolve()
     try: found = (root/str(path)).resolve()
-    except (OSError, ValueError) as e: raise UserError(f"not a usable path: {str(path)!r} ({e})") from None
+    except (OSError, ValueError, RuntimeError) as e: raise UserError(f"not a usable path: {str(path)!r} ({e})") from None
     if not found.is_relative_to(root): raise UserError(f"the path {str(path)!r} leads out of its data folder")
     return found
 
