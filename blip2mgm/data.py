@@ -5,6 +5,7 @@
 # %% ../nbs/02_data.ipynb #02-data-002
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import stat
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +24,12 @@ from typing import NamedTuple
 from .core import UserError, atomic_path, show_table
 
 # %% auto #0
-__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'FORMATS', 'MAX_PIXELS', 'count_images', 'caption_of', 'text_of', 'parse_line',
-           'iter_lines', 'read_dj', 'write_dj', 'read_llava', 'Bad', 'is_blank', 'strict_pillow', 'looks_like_image',
-           'Picture', 'decode', 'open_picture', 'GateResult', 'iter_gate', 'gate', 'save_gate']
+__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'FORMATS', 'MAX_PIXELS', 'count_images',
+           'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'iter_lines', 'parse_lines', 'read_dj',
+           'write_dj', 'iter_json', 'read_llava', 'as_row', 'format_of', 'files_in', 'iter_rows', 'Bad', 'Root',
+           'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode', 'header', 'as_seen', 'open_picture',
+           'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate', 'save_gate', 'write_parquet', 'to_llava',
+           'write_llava']
 
 # %% ../nbs/02_data.ipynb #02-data-005
 IMAGE, END = "<__dj__image>", "<|__dj__eoc|>"
@@ -36,10 +40,11 @@ _special = re.compile("|".join(map(re.escape, (*IMAGE_TOKENS, END))))
 # %% ../nbs/02_data.ipynb #02-data-006
 def count_images(text: str) -> int:
     "How many picture tokens the text holds, in either spelling."
-    return len(_image.findall(text))
+    return len(_image.findall(text)) if "<" in text else 0
 
 def caption_of(text: str) -> str:
     "The caption alone: special tokens removed, white space at the ends and around them too."
+    if text.startswith(IMAGE) and text.endswith(END) and text.count("<") == 2: return text[len(IMAGE):-len(END)].strip()   # the usual form, ten times as fast
     return " ".join(part.strip() for part in _special.split(text) if part.strip())
 
 def text_of(caption: str, images: int = 1) -> str:
@@ -47,6 +52,14 @@ def text_of(caption: str, images: int = 1) -> str:
     return f"{IMAGE * images}\n{caption_of(caption)} {END}"
 
 # %% ../nbs/02_data.ipynb #02-data-010
+_hidden = set("\u2800\u3164\u115f\u1160\uffa0")   # letters by Unicode's book that show nothing
+
+def is_blank(text: str) -> bool:
+    "Whether a person would see nothing: only spaces, control and zero-width characters."
+    if text[:1].isascii() and text[:1].isalnum(): return False
+    return not any(unicodedata.category(c)[0] not in "ZC" and c not in _hidden for c in text)
+
+# %% ../nbs/02_data.ipynb #02-data-013
 def _pairs(pairs):
     "A dict of key-value pairs; a repeated key is an error."
     row = dict(pairs)
@@ -58,15 +71,48 @@ def _constant(name):
 
 _decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 
-# %% ../nbs/02_data.ipynb #02-data-011
+# %% ../nbs/02_data.ipynb #02-data-014
 def parse_line(line: bytes, number: int) -> tuple[object, str]:
     "The value in one line of a jsonl file, and the reason why there is none (or an empty string)."
-    try: return _decoder.decode(line.decode()), ""
+    try:
+        value, end = _decoder.raw_decode(text := line.decode())
+        if text[end:].strip(): raise json.JSONDecodeError("Extra data", text, end)
+        return value, ""
     except UnicodeDecodeError as e: return None, f"not UTF-8: line {number}, byte {e.start}"
     except json.JSONDecodeError as e: return None, f"bad JSON: line {number}, column {e.colno}: {e.msg}"
     except (ValueError, RecursionError) as e: return None, f"bad JSON: line {number}: {e}"
 
-# %% ../nbs/02_data.ipynb #02-data-014
+# %% ../nbs/02_data.ipynb #02-data-017
+def _brief(value: object, limit: int = 80) -> str:
+    "A short, printable form of any value."
+    text = ascii(value)
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+def _existing(path: str | Path) -> Path:
+    "The path, or a UserError if no file is there."
+    if not Path(path).is_file(): raise UserError(f"{path} is not a file")
+    return Path(path)
+
+# %% ../nbs/02_data.ipynb #02-data-018
+PACKED = (".gz", ".zst")
+
+@contextmanager
+def open_bytes(path: str | Path):
+    "A file opened for reading as bytes, unpacked on the way if it ends in .gz or .zst; UserError if the packing is damaged."
+    import gzip, zlib
+    path = _existing(path)
+    try:
+        if path.suffix == ".zst":
+            import pyarrow as pa
+            with pa.input_stream(str(path), compression="zstd") as f: yield io.BufferedReader(f)
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise UserError(f"{path} is damaged or cut short ({e}): fetch it again") from None
+    except OSError as e:
+        if path.suffix != ".zst": raise
+        raise UserError(f"{path} is damaged or cut short ({_brief(str(e))}): fetch it again") from None
+
+# %% ../nbs/02_data.ipynb #02-data-020
 def _unread(line: bytes) -> dict:
     "A row that stands for a line that could not be read, holding the whole of it."
     import base64
@@ -75,15 +121,17 @@ def _unread(line: bytes) -> dict:
 
 def iter_lines(path: str | Path) -> Iterator[tuple[object, str]]:
     "The value and the problem (or an empty string) of every line that is not blank."
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.strip(b" \t\r\n")
-            if not line: continue
-            row, problem = parse_line(line, number)
-            yield (_unread(line) if problem else row), problem
+    with open_bytes(path) as f: yield from ((row, problem) for row, problem, _ in parse_lines(enumerate(f, 1)))
 
-# %% ../nbs/02_data.ipynb #02-data-015
+def parse_lines(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[object, str, bytes]]:
+    "The value, the problem and the line itself, for lines of a file with their numbers."
+    for number, line in lines:
+        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
+        if not (line := line.strip(b" \t\r\n")): continue
+        row, problem = parse_line(line, number)
+        yield (_unread(line) if problem else row), problem, line
+
+# %% ../nbs/02_data.ipynb #02-data-021
 def read_dj(path: str | Path) -> list[dict]:
     "Every row of a Data-Juicer jsonl file; raises UserError at the first line that is not one (the gate is lenient)."
     rows = []
@@ -92,12 +140,7 @@ def read_dj(path: str | Path) -> list[dict]:
         rows.append(row)
     return rows
 
-def _existing(path: str | Path) -> Path:
-    "The path, or a UserError if no file is there."
-    if not Path(path).is_file(): raise UserError(f"{path} is not a file")
-    return Path(path)
-
-# %% ../nbs/02_data.ipynb #02-data-016
+# %% ../nbs/02_data.ipynb #02-data-022
 def write_dj(path: str | Path, rows: Iterable[dict]) -> Path:
     "Writes rows as jsonl in one go: the file is either the old one or the whole new one."
     with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
@@ -106,30 +149,186 @@ def write_dj(path: str | Path, rows: Iterable[dict]) -> Path:
 
 def _line(row: object) -> str:
     "One line of JSON for any row, readable where it can be, escaped where UTF-8 has no bytes for it."
-    line = json.dumps(row, ensure_ascii=False, default=repr)
+    default = lambda value: _plain_bytes(value) if isinstance(value, (bytes, bytearray)) else repr(value)
+    line = json.dumps(row, ensure_ascii=False, default=default)
     try: line.encode()
-    except UnicodeEncodeError: line = json.dumps(row, default=repr)
+    except UnicodeEncodeError: line = json.dumps(row, default=default)
     return line
 
-# %% ../nbs/02_data.ipynb #02-data-019
+# %% ../nbs/02_data.ipynb #02-data-025
+class _Window:
+    "A window of text that slides over a JSON file."
+    def __init__(self, file, path): self.file, self.path, self.text, self.at, self.line, self.over = file, path, "", 0, 1, False
+    def more(self) -> bool:
+        "Lets go of what was read and takes in as much again; False at the end of the file."
+        self.line += self.text.count("\n", 0, self.at)
+        block = self.file.read(max(1 << 16, len(self.text) - self.at))
+        self.text, self.at, self.over = self.text[self.at:] + block, 0, not block
+        return not self.over
+    def peek(self) -> str:
+        "The next character that is no space, or an empty string."
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n": self.at += 1
+            if self.at < len(self.text): return self.text[self.at]
+            if not self.more(): return ""
+    def fail(self, why: str):
+        line = self.line + self.text.count("\n", 0, self.at)
+        raise UserError(f"{self.path}: bad JSON: line {line}: {why}; the rows after it cannot be told apart, so repair the file there")
+
+# %% ../nbs/02_data.ipynb #02-data-026
+def _take(w: _Window, wanted: str) -> str:
+    "Steps over one of the wanted characters and returns it."
+    if (c := w.peek()) not in wanted or not c: w.fail(f"one of {' '.join(wanted)} is expected" + (f", not {c!r}" if c else ", not the end of the file"))
+    w.at += 1
+    return c
+
+def _value(w: _Window) -> object:
+    "The next whole value."
+    w.peek()
+    while True:
+        try:
+            value, end = _decoder.raw_decode(w.text, w.at)
+            if end < len(w.text) or w.over: w.at = end; return value   # a number may go on beyond the window
+        except (ValueError, RecursionError) as e:
+            if w.over or not isinstance(e, json.JSONDecodeError): w.fail(getattr(e, "msg", str(e)))
+        w.more()
+
+# %% ../nbs/02_data.ipynb #02-data-027
+def _elements(w: _Window) -> Iterator[object]:
+    "The elements of the list that begins here."
+    _take(w, "[")
+    if w.peek() == "]": w.at += 1; return
+    while True:
+        yield _value(w)
+        if _take(w, ",]") == "]": return
+
+def _in_object(w: _Window) -> Iterator[object]:
+    "The elements of the first list of objects in the object that begins here (annotations, data or what it is called)."
+    _take(w, "{")
+    while True:
+        key = _value(w)
+        _take(w, ":")
+        if w.peek() == "[" and key in LISTS: yield from _elements(w); return
+        _value(w)
+        if _take(w, ",}") == "}": w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}")
+
+# %% ../nbs/02_data.ipynb #02-data-028
+LISTS = ("annotations", "data", "rows", "samples")   # the names under which such files keep their list
+
+def iter_json(path: str | Path) -> Iterator[object]:
+    "The rows of a JSON file that is a list, or an object with one; UserError with the line where it is broken."
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as f:
+        w = _Window(f, path)
+        try:
+            if w.peek() not in ("[", "{"): w.fail("a list of rows is expected")
+            yield from _elements(w) if w.peek() == "[" else _in_object(w)
+        except UnicodeDecodeError as e: raise UserError(f"{path} is not UTF-8 near line {w.line}: {e.reason}") from None
+
 def read_llava(path: str | Path) -> list[dict]:
     "Every row of a LLaVA json file; raises UserError if it is not a JSON list."
-    try: rows = _decoder.decode(_existing(path).read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e: raise UserError(f"{path}: bad JSON: {e}") from e
-    if not isinstance(rows, list): raise UserError(f"{path}: a list of rows is expected, not {type(rows).__name__}")
-    return rows
+    return list(iter_json(path))
 
-# %% ../nbs/02_data.ipynb #02-data-022
+# %% ../nbs/02_data.ipynb #02-data-032
+NAMES = {"id": ("id", "key", "__key__", "image_id", "index"), "caption": ("caption", "text", "title", "text_output", "TEXT", "question"),
+         "image": ("images", "image", "filename", "file_name", "filepath", "image_path", "path", "url", "URL")}
+
+def _find(row: dict, kind: str) -> object:
+    "What the row holds under the first of the usual names."
+    return next((row[name] for name in NAMES[kind] if row.get(name) is not None), None)
+
+def as_row(row: object, number: int) -> object:
+    "A row of any source with `id`, `text` and `images` (or its conversations); the picture token is put in front of a bare caption."
+    if not isinstance(row, dict) or "conversations" in row or "text" in row and "images" in row: return row
+    caption, image = _find(row, "caption"), _find(row, "image")
+    if caption is None and image is None: return row
+    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    text = caption if not isinstance(caption, str) or count_images(caption) or is_blank(caption) else text_of(caption, len(images))
+    return {"id": f"row{number:07}" if _find(row, "id") is None else _find(row, "id"), "text": text, "images": images,
+            **{k: v for k, v in row.items() if k not in ("id", "text", "images")}}
+
+# %% ../nbs/02_data.ipynb #02-data-033
+def _iter_tsv(path: Path) -> Iterator[tuple[object, str]]:
+    "Rows of a table with tabs: with a header that uses the usual names, else caption and picture as in CC3M."
+    known = {name for names in NAMES.values() for name in names}
+    with open_bytes(path) as f:
+        names = None
+        for number, line in enumerate(f, 1):
+            try: cells = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as e: yield _unread(line), f"not UTF-8: line {number}, byte {e.start}"; continue
+            if number == 1 and len(known & set(cells)) > 1: names = cells; continue
+            if cells == [""]: continue
+            wanted = len(names or ("caption", "image"))
+            if len(cells) != wanted: yield _unread(line), f"bad table row: line {number}: {len(cells)} cell(s), not {wanted}"
+            else: yield as_row(dict(zip(names or ("caption", "image"), cells)), number), ""
+
+# %% ../nbs/02_data.ipynb #02-data-034
+def _iter_parquet(path: Path) -> Iterator[tuple[object, str]]:
+    "Rows of a Parquet file, a few at a time; pictures as paths, bytes or Hugging Face's {bytes, path}."
+    import pyarrow as pa, pyarrow.parquet as pq
+    try:
+        with pq.ParquetFile(path) as f:
+            rows = (row for batch in f.iter_batches(batch_size=64) for row in batch.to_pylist())
+            yield from ((as_row(row, number), "") for number, row in enumerate(rows, 1))
+    except (pa.ArrowInvalid, OSError) as e: raise UserError(f"{path} is not a whole Parquet file: {_brief(str(e), 120)}") from None
+
+def _iter_tar(path: Path) -> Iterator[tuple[object, str]]:
+    "Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot."
+    import tarfile
+    with open_bytes(path) as f:
+        try:
+            with tarfile.open(fileobj=f, mode="r|") as tar:
+                key, parts = None, {}
+                for member in tar:
+                    if not member.isfile(): continue
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    if (folder, stem) != key and parts: yield _sample(key, parts); parts = {}
+                    key, parts[kind.lower()] = (folder, stem), tar.extractfile(member).read()
+                if parts: yield _sample(key, parts)
+        except tarfile.TarError as e: raise UserError(f"{path} is not a whole tar file: {e}") from None
+
+# %% ../nbs/02_data.ipynb #02-data-035
+def _sample(key: tuple[str, str], parts: dict[str, bytes]) -> tuple[object, str]:
+    "One WebDataset sample as a row: its json, its caption (.txt) and its pictures as bytes."
+    row = {"id": "/".join(filter(None, key))}
+    if "json" in parts:
+        found, problem = parse_line(parts["json"], 1)
+        if problem or not isinstance(found, dict): return {**row, "raw": parts["json"].decode(errors="backslashreplace")}, problem or "not a row"
+        row |= found
+    try: captions = [parts[kind].decode().strip() for kind in ("txt", "caption", "text") if kind in parts]
+    except UnicodeDecodeError as e: return {**row, "raw": repr(parts)}, f"not UTF-8: byte {e.start} of the caption"
+    images = [data for kind, data in parts.items() if kind not in ("json", "txt", "caption", "text", "cls", "npy")]
+    return as_row({**row, **({"caption": captions[0]} if captions else {}), "image": images}, 0), ""
+
+# %% ../nbs/02_data.ipynb #02-data-036
+READERS = {".jsonl": iter_lines, ".ndjson": iter_lines, ".json": lambda path: ((as_row(row, n), "") for n, row in enumerate(iter_json(path), 1)),
+           ".tsv": _iter_tsv, ".parquet": _iter_parquet, ".tar": _iter_tar, ".tgz": _iter_tar}
+
+def format_of(path: str | Path) -> str:
+    "The ending that says how a file is read: .jsonl, .json, .tsv, .parquet or .tar; UserError for any other."
+    kinds = [k.lower() for k in Path(path).suffixes if k.lower() not in PACKED]
+    if kinds and kinds[-1] in READERS: return kinds[-1]
+    raise UserError(f"{path} is in no format that is read here: {', '.join(READERS)}, each also with {' or '.join(PACKED)}")
+
+def files_in(path: str | Path) -> list[Path]:
+    "The file itself, or in their order the shards of a folder: its captions.jsonl, else all its files of the first format found."
+    path = Path(path)
+    if not path.is_dir(): return [_existing(path)]
+    if (path/"captions.jsonl").is_file(): return [path/"captions.jsonl"]
+    for kind in READERS:
+        if found := sorted(f for f in path.iterdir() if f.is_file() and [k for k in f.suffixes if k not in PACKED][-1:] == [kind]): return found
+    raise UserError(f"{path} holds no file that is read here: {', '.join(READERS)}, each also with {' or '.join(PACKED)}")
+
+def iter_rows(path: str | Path) -> Iterator[tuple[object, str]]:
+    "Rows with their problem (or an empty string) from a file or a folder of shards, one after the other."
+    for file in files_in(path): yield from READERS[format_of(file)](file)
+
+# %% ../nbs/02_data.ipynb #02-data-041
 class Bad(Exception):
     "Why a row is refused: `Bad(name, detail)` reads `name: detail`."
     def __str__(self): return ": ".join(str(a) for a in self.args if a != "")
 
-def _brief(value: object, limit: int = 80) -> str:
-    "A short, printable form of any value."
-    text = ascii(value)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
-
-# %% ../nbs/02_data.ipynb #02-data-023
+# %% ../nbs/02_data.ipynb #02-data-042
 def _id_of(row: dict) -> str:
     "The id as text. Whole numbers are ids too."
     if row.get("id") is None: raise Bad("no id")
@@ -137,13 +336,7 @@ def _id_of(row: dict) -> str:
     if not str(row["id"]).strip(): raise Bad("no id", "blank")
     return str(row["id"])
 
-# %% ../nbs/02_data.ipynb #02-data-024
-_hidden = set("\u2800\u3164\u115f\u1160\uffa0")   # letters by Unicode's book that show nothing
-
-def is_blank(text: str) -> bool:
-    "Whether a person would see nothing: only spaces, control and zero-width characters."
-    return not any(unicodedata.category(c)[0] not in "ZC" and c not in _hidden for c in text)
-
+# %% ../nbs/02_data.ipynb #02-data-043
 def _is_null(value: object) -> bool:
     "None, or the not-a-number that pandas puts where nothing is."
     return value is None or isinstance(value, float) and value != value
@@ -155,7 +348,7 @@ def _check_text(text: object, name: str = "text") -> str:
     if is_blank(caption_of(text)): raise Bad(f"blank {name}")
     return text
 
-# %% ../nbs/02_data.ipynb #02-data-026
+# %% ../nbs/02_data.ipynb #02-data-045
 def _parts_dj(row: dict) -> tuple[str, list]:
     "Text and picture paths of a caption row."
     for name in ("text", "images"):
@@ -165,7 +358,7 @@ def _parts_dj(row: dict) -> tuple[str, list]:
     if not isinstance(images, (list, tuple)): raise Bad("images is not a list", _brief(images))
     return text, list(images)
 
-# %% ../nbs/02_data.ipynb #02-data-027
+# %% ../nbs/02_data.ipynb #02-data-046
 def _parts_llava(row: dict) -> tuple[str, list]:
     "Text and picture paths of an instruction row: its turns, one under the other, and its one picture."
     turns, image = row["conversations"], row.get("image")
@@ -176,42 +369,63 @@ def _parts_llava(row: dict) -> tuple[str, list]:
         _check_text(turn["value"], "turn")
     return "\n".join(turn["value"] for turn in turns), [] if image is None else [image]
 
-# %% ../nbs/02_data.ipynb #02-data-029
-def _check_fields(row: object) -> list[str]:
-    "The picture paths of a row whose fields are in order; raises Bad otherwise."
+# %% ../nbs/02_data.ipynb #02-data-048
+def _check_fields(row: object) -> tuple[str, list]:
+    "The text and the pictures (paths, bytes or base64) of a row whose fields are in order; raises Bad otherwise."
     if not isinstance(row, dict): raise Bad("not a row", f"{type(row).__name__} {_brief(row)}")
     _id_of(row)
     text, images = _parts_llava(row) if "conversations" in row else _parts_dj(row)
     tokens = count_images(text)
     if tokens != len(images): raise Bad("token/image count mismatch", f"{tokens} token(s), {len(images)} image(s)")
     if not images and "conversations" not in row: raise Bad("no image")
-    for path in images:
-        if not isinstance(path, str): raise Bad("image path is not a string", _brief(path))
-        if not path.strip(): raise Bad("blank image path")
-    _check_writable(row)
-    return images
+    return text, images
 
 def _check_writable(row: dict):
-    "Half a Unicode character or an object of no JSON kind would stop whoever writes the row next."
-    try: json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    "Half a Unicode character or an object of no JSON kind would stop whoever writes the row next; pictures as bytes are no such thing."
+    try: json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain_bytes).encode()
     except (TypeError, ValueError, RecursionError) as e: raise Bad("cannot be written as JSON", _brief(str(e))) from e
 
-# %% ../nbs/02_data.ipynb #02-data-032
-def _locate(root: str, path: str) -> str:
-    "The true path of a picture under `root`, itself a true path; raises Bad if it is outside or no plain file."
+def _plain_bytes(value: object) -> str:
+    "A picture's bytes as a data address, the form in which the gate reads it again."
+    import base64
+    if isinstance(value, (bytes, bytearray)): return "data:;base64," + base64.b64encode(value).decode()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+# %% ../nbs/02_data.ipynb #02-data-051
+class Root:
+    "A data root. Remembers where its folders truly are, because asking for every picture costs more than reading its header."
+    def __init__(self, path: str | Path):
+        if not os.path.isdir(path): raise UserError(f"the data root {path} is not a folder")
+        self.path, self.folders = os.path.realpath(path), {}
+    def __contains__(self, full: str) -> bool: return full == self.path or full.startswith(self.path.rstrip(os.sep) + os.sep)
+    def _folder(self, path: str) -> str:
+        "The true path of a folder; FileNotFoundError if it is said to be under the root and is not there."
+        real = os.path.realpath(path)
+        if real in self and not os.path.isdir(path): raise FileNotFoundError(path)
+        return real
+    def followed(self, path: str) -> str:
+        "The true path of a file whose own name may still be a link."
+        folder, name = os.path.split(os.path.join(self.path, path))
+        if name in ("", ".", ".."): return self._folder(os.path.join(folder, name))
+        if folder not in self.folders: self.folders[folder] = self._folder(folder)
+        return os.path.join(self.folders[folder], name)
+
+# %% ../nbs/02_data.ipynb #02-data-052
+def locate(root: Root, path: str) -> str:
+    "The true path of a picture under the root; raises Bad if it is outside or no plain file."
     try:
-        full = os.path.realpath(os.path.join(root, path))
-        if not full.startswith(root.rstrip(os.sep) + os.sep) and full != root: raise Bad("path outside the data root", _brief(path))
-        info = os.stat(full)
-    except FileNotFoundError: raise Bad("missing file", _brief(path)) from None
-    except NotADirectoryError: raise Bad("missing file", _brief(path)) from None
+        full = root.followed(path)
+        if full in root and stat.S_ISLNK((info := os.lstat(full)).st_mode): full, info = os.path.realpath(full), None
+        if full not in root: raise Bad("path outside the data root", _brief(path))
+        info = info or os.stat(full)
+    except (FileNotFoundError, NotADirectoryError): raise Bad("missing file", _brief(path)) from None
     except (OSError, ValueError) as e: raise Bad("unreadable file", f"{_brief(path)}: {getattr(e, 'strerror', None) or e}") from None
     if stat.S_ISDIR(info.st_mode): raise Bad("not a file", f"{_brief(path)} is a folder")
     if not stat.S_ISREG(info.st_mode): raise Bad("not a file", f"{_brief(path)} is a device, pipe or socket")
     if not info.st_size: raise Bad("empty file", _brief(path))
     return full
 
-# %% ../nbs/02_data.ipynb #02-data-035
+# %% ../nbs/02_data.ipynb #02-data-055
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")   # no format that starts another program
 MAX_PIXELS = 89_478_485   # Pillow's own figure: a quarter of a gigabyte of 24-bit pixels
 
@@ -234,7 +448,7 @@ def strict_pillow():
             yield
     finally: ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
-# %% ../nbs/02_data.ipynb #02-data-037
+# %% ../nbs/02_data.ipynb #02-data-057
 _starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6",
            b"\0\0\0\x0cjP  ", b"\xffO\xffQ")
 
@@ -248,7 +462,7 @@ def _has_end(data: bytes) -> bool:
     if data.startswith(b"\x89PNG"): return b"IEND\xaeB`\x82" in data
     return not data.startswith(b"GIF8") or b"\0;" in data[-1024:]
 
-# %% ../nbs/02_data.ipynb #02-data-038
+# %% ../nbs/02_data.ipynb #02-data-058
 class Picture(NamedTuple):
     "What the gate saw of a picture."
     width: int
@@ -256,19 +470,30 @@ class Picture(NamedTuple):
     format: str
     mode: str
     bytes: int
+    brightness: float = float("nan")   # this and the next two where they were asked for: mean grey, 0 to 255
+    sharpness: float = float("nan")
+    hash: int = 0   # perceptual hash, 64 bits
 
+def _first_look(im, size: int, max_pixels: int) -> Picture:
+    "What the header says; width and height as people see the picture, upright. Raises Bad if it would unpack to too much."
+    if im.width * im.height > max_pixels: raise Bad("decompression bomb", f"{im.width} x {im.height} pixels")
+    lying = "exif" in im.info and im.getexif().get(0x112, 1) in (5, 6, 7, 8)
+    width, height = (im.height, im.width) if lying else im.size
+    return Picture(width, height, im.format or "", im.mode, size)
+
+# %% ../nbs/02_data.ipynb #02-data-059
 def decode(
     data: bytes,  # the whole file
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
+    measure: Callable | None = None,  # gives brightness, sharpness and hash of the decoded image
 ) -> Picture:
     "Decodes every pixel of a picture; raises Bad if it is none, too large, truncated or damaged."
-    import io
     if not looks_like_image(data[:32]): raise Bad("not an image")
     try:
         with _open(io.BytesIO(data)) as im:
-            if im.width * im.height > max_pixels: raise Bad("decompression bomb", f"{im.width} x {im.height} pixels")
+            seen = _first_look(im, len(data), max_pixels)
             im.load()
-            seen = Picture(im.width, im.height, im.format or "", im.mode, len(data))
+            if measure: seen = Picture(*seen[:5], *measure(im))
             _later_frames(im, max_pixels)
     except Bad: raise
     except Exception as e: raise Bad("truncated or damaged image", _brief(str(e)) if "0x" not in str(e) else "") from e
@@ -282,25 +507,56 @@ def _later_frames(im, max_pixels: int):
         im.seek(i)
         im.load()
 
-# %% ../nbs/02_data.ipynb #02-data-044
-def open_picture(path: str | Path | io.BytesIO):
-    "The picture as people see it, an RGB image: first frame, turned upright, transparency on white, 8 bits."
+# %% ../nbs/02_data.ipynb #02-data-061
+def header(
+    file: str | bytes,  # the path of a file, or its content
+    max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
+) -> Picture:
+    "What a picture's first 16 kB say of it (the whole file, if its header is longer); raises Bad as far as they show it."
+    data, size = (file, len(file)) if isinstance(file, bytes) else _head(file)
+    if not looks_like_image(data[:32]): raise Bad("not an image")
+    try:
+        with _open(io.BytesIO(data)) as im: return _first_look(im, size, max_pixels)
+    except Bad: raise
+    except Exception as e:
+        if len(data) < size: return header(Path(file).read_bytes(), max_pixels)
+        raise Bad("truncated or damaged image", _brief(str(e)) if "0x" not in str(e) else "") from e
+
+def _head(path: str, length: int = 1 << 14) -> tuple[bytes, int]:
+    "The first bytes of a file, and its size."
+    with open(path, "rb", buffering=0) as f: return f.read(length), os.fstat(f.fileno()).st_size
+
+# %% ../nbs/02_data.ipynb #02-data-067
+def as_seen(im):
+    "An image as people see it, in RGB: first frame, turned upright, transparency on white, 8 bits."
     import numpy as np
     from PIL import Image, ImageOps
-    with _open(path) as im: im = ImageOps.exif_transpose(im)
-    if im.mode[0] in "IF":   # 16 or 32 bits: bring the range that is used down to 8
-        values = np.asarray(im, dtype=np.float64)
-        im = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype("uint8"))
+    im = ImageOps.exif_transpose(im)
+    if im.mode[0] in "IF":   # 16 bits become 8; of 32 bits, and of fractions, the range that is used
+        values = np.nan_to_num(np.asarray(im, dtype=np.float64))
+        im = Image.fromarray((values / (257 if "16" in im.mode or values.max() > 255 else 1)).clip(0, 255).astype("uint8"))
+    if im.mode == "LAB": im = _from_lab(im)
     if im.has_transparency_data: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return im.convert("RGB")
 
-# %% ../nbs/02_data.ipynb #02-data-047
+def open_picture(path: str | Path | io.BytesIO):
+    "The picture in a file as people see it; see `as_seen`."
+    with _open(path) as im: return as_seen(im)
+
+# %% ../nbs/02_data.ipynb #02-data-068
+def _from_lab(im):
+    "An image in Lab colours as RGB, which Pillow's own `convert` cannot do."
+    from PIL import ImageCms
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.applyTransform(im, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))
+
+# %% ../nbs/02_data.ipynb #02-data-071
 @dataclass(repr=False)
 class GateResult:
     "Accepted and rejected rows, and what was seen of the pictures of the accepted ones."
     accepted: list[dict] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
-    pictures: dict[str, Picture] = field(default_factory=dict)   # by path as the row gives it
+    pictures: dict[str, Picture] = field(default_factory=dict)   # by path as the row gives it; by id and number where it holds the picture itself
     rows: int = 0
 
     def counts(self) -> dict[str, int]:
@@ -315,29 +571,50 @@ class GateResult:
     def __repr__(self): return repr(show_table(self.table()))
     def _repr_html_(self): return show_table(self.table())._repr_html_()
 
-# %% ../nbs/02_data.ipynb #02-data-048
+# %% ../nbs/02_data.ipynb #02-data-072
 def _rows_of(source: str | Path | Iterable) -> Iterator[tuple[object, str]]:
-    "Rows with their problem (or an empty string) from a jsonl file, a LLaVA json file or any iterable of rows."
-    if isinstance(source, (str, os.PathLike)):
-        path = _existing(source)
-        return ((row, "") for row in read_llava(path)) if path.suffix == ".json" else iter_lines(path)
+    "Rows with their problem (or an empty string) from a file or folder in any format, or from any iterable of rows."
+    if isinstance(source, (str, os.PathLike)): return iter_rows(source)
     if isinstance(source, (dict, bytes)): raise TypeError(f"rows or the path of a file are expected, not one {type(source).__name__}")
     return ((row, "") for row in source)
 
-# %% ../nbs/02_data.ipynb #02-data-049
-def _judge(row: object, problem: str, root: str, max_pixels: int) -> tuple[str, dict[str, Picture]]:
-    "The reason why a row is refused (or an empty string) and its pictures by path."
-    if problem: return problem, {}
+# %% ../nbs/02_data.ipynb #02-data-073
+_base64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_base64_starts = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+
+def embedded(image: object) -> tuple[object, bytes | None]:
+    "A picture as a row gives it: its path, or its bytes if the row holds the picture itself (bytes, base64 or {bytes, path})."
+    import base64
+    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
+        return (image.get("path"), None) if image.get("bytes") is None else embedded(image["bytes"])
+    if isinstance(image, (bytes, bytearray)): return None, bytes(image)
+    if not isinstance(image, str) or not image.startswith(("data:", *_base64_starts)): return image, None
+    text = image.partition(",")[2] if image.startswith("data:") else image
+    if not image.startswith("data:") and not _base64.fullmatch(text): return image, None
+    try: return None, base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as e: raise Bad("bad base64", _brief(str(e))) from None
+
+# %% ../nbs/02_data.ipynb #02-data-075
+def look_at(
+    image: object,  # as the row gives it
+    root: Root,
+    max_pixels: int = MAX_PIXELS,
+    whole: bool = True,  # decode every pixel; False: read the header alone
+    measure: Callable | None = None,  # see `decode`
+) -> Picture:
+    "What there is to see of one picture of a row; raises Bad."
+    path, data = embedded(image)
+    if data is None:
+        if not isinstance(path, str): raise Bad("image path is not a string", _brief(path))
+        if not path.strip(): raise Bad("blank image path")
+        full = locate(root, path)
+    elif not data: raise Bad("empty file", "the picture in the row")
+    name = _brief(path) if data is None else "the picture in the row"
     try:
-        paths, seen = _check_fields(row), {}
-        for path in paths:
-            full = _locate(root, path)
-            try: seen[path] = decode(_contents(full), max_pixels)
-            except OSError as e: raise Bad("unreadable file", f"{_brief(path)}: {e.strerror}") from None
-            except Bad as e: raise Bad(e.args[0], ": ".join([_brief(path), *e.args[1:]]).removesuffix(": ")) from None
-        return "", seen
-    except Bad as e: return str(e), {}
-    except Exception as e: return f"cannot be checked: {type(e).__name__}: {_brief(str(e))}", {}   # a row of Python objects can do anything
+        if not whole: return header(full if data is None else data, max_pixels)
+        return decode(_contents(full) if data is None else data, max_pixels, measure)
+    except OSError as e: raise Bad("unreadable file", f"{name}: {e.strerror}") from None
+    except Bad as e: raise Bad(e.args[0], ": ".join([name, *e.args[1:]]).removesuffix(": ")) from None
 
 def _contents(path: str) -> bytes:
     "The whole file if it starts as a picture, else its first bytes: a large file that is no picture is not read."
@@ -345,28 +622,46 @@ def _contents(path: str) -> bytes:
         head = f.read(32)
         return head + f.read() if looks_like_image(head) else head
 
-# %% ../nbs/02_data.ipynb #02-data-051
+# %% ../nbs/02_data.ipynb #02-data-076
+def judge(
+    row: object,
+    problem: str,  # why the row could not be read, or an empty string
+    root: Root,
+    look: Callable[[object], Picture],  # looks at one picture or raises Bad
+    parsed: bool = False,  # the row came out of a line of JSON, so it can be written as one
+) -> tuple[str, str, dict[str, Picture]]:
+    "The reason why a row is refused (or an empty string), its text and its pictures by path."
+    if problem: return problem, "", {}
+    try:
+        text, images = _check_fields(row)
+        seen = {image if isinstance(image, str) and len(image) < 4096 else f"{row['id']}/{i}": look(image) for i, image in enumerate(images)}
+        if not parsed: _check_writable(row)
+        return "", text, seen
+    except Bad as e: return str(e), "", {}
+    except Exception as e: return f"cannot be checked: {type(e).__name__}: {_brief(str(e))}", "", {}   # a row of Python objects can do anything
+
+# %% ../nbs/02_data.ipynb #02-data-078
 def iter_gate(
-    source: str | Path | Iterable,  # a jsonl or LLaVA json file, or rows
+    source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
     max_pixels: int = MAX_PIXELS,  # a picture with more is a decompression bomb
     threads: int | None = None,  # decoding threads; all cores unless said
     batch: int = 256,  # rows in flight
 ) -> Iterator[tuple[object, str, dict[str, Picture]]]:
     "Every row with the reason why it is refused (or an empty string) and what was seen of its pictures, in order."
-    if not os.path.isdir(root): raise UserError(f"the data root {root} is not a folder")
-    root, rows, taken = os.path.realpath(root), _rows_of(source), set()
+    root, rows, taken = Root(root), _rows_of(source), set()
+    look = lambda image: look_at(image, root, max_pixels)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         while todo := list(islice(rows, batch)):
-            with strict_pillow(): verdicts = list(pool.map(lambda t: _judge(*t, root, max_pixels), todo))
-            for (row, _), (reason, seen) in zip(todo, verdicts):
+            with strict_pillow(): verdicts = list(pool.map(lambda t: judge(*t, root, look), todo))
+            for (row, _), (reason, _, seen) in zip(todo, verdicts):
                 if not reason and _id_of(row) in taken: reason = f"duplicate id: {_brief(row['id'])}"
                 if not reason: taken.add(_id_of(row))
                 yield row, reason, seen
 
-# %% ../nbs/02_data.ipynb #02-data-052
+# %% ../nbs/02_data.ipynb #02-data-079
 def gate(
-    source: str | Path | Iterable,  # a jsonl or LLaVA json file, or rows
+    source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
     max_pixels: int = MAX_PIXELS,  # a picture with more is a decompression bomb
     threads: int | None = None,  # decoding threads; all cores unless said
@@ -386,7 +681,46 @@ def _with_reason(row: object, reason: str) -> dict:
     "The whole row with its reason; what is no row, or has a reason of its own, is kept under `row`."
     return {**row, "reason": reason} if isinstance(row, dict) and "reason" not in row else {"row": row, "reason": reason}
 
-# %% ../nbs/02_data.ipynb #02-data-053
+# %% ../nbs/02_data.ipynb #02-data-080
 def save_gate(result: GateResult, folder: str | Path) -> list[Path]:
     "Writes accepted.jsonl and rejected.jsonl; returns their paths."
     return [write_dj(Path(folder)/f"{name}.jsonl", getattr(result, name)) for name in ("accepted", "rejected")]
+
+# %% ../nbs/02_data.ipynb #02-data-082
+def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> Path:
+    "Writes rows as Parquet, some at a time, all or nothing; the columns are those of the first `batch` rows."
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows, writer = iter(rows), None
+    with atomic_path(path) as part:
+        try:
+            while todo := list(islice(rows, batch)):
+                try: table = pa.Table.from_pylist(todo, schema=writer and writer.schema)
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as e: raise UserError(f"{path}: a column does not have one type in all rows: {e}") from None
+                if writer is None: writer = pq.ParquetWriter(part, table.schema, compression="zstd")
+                writer.write_table(table)
+            if writer is None: pq.write_table(pa.table({"id": pa.array([], pa.string())}), part)
+        finally:
+            if writer: writer.close()
+    return Path(path)
+
+# %% ../nbs/02_data.ipynb #02-data-083
+def to_llava(row: dict, original: dict | None = None, question: str = "Describe the picture in one sentence.") -> dict:
+    "A caption row as a LLaVA row: the questions of `original` with the caption as last answer, or one question alone."
+    caption, images = caption_of(row["text"]), row.get("images") or []
+    new = {"id": row["id"], **({"image": images[0]} if images else {})}
+    if original is None: return {**new, "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption}]}
+    turns = [dict(turn) for turn in original["conversations"]]
+    if not turns or turns[-1]["from"] != "gpt": raise UserError(f"row {row['id']}: its conversation does not end with an answer to put the caption in")
+    turns[-1]["value"] = caption
+    return {**original, **new, "conversations": turns}
+
+def write_llava(path: str | Path, rows: Iterable[dict], originals: Iterable[dict] = ()) -> Path:
+    "Writes rows as one LLaVA list, all or nothing; those with an original of the same id get its questions back."
+    asked, first = {str(row["id"]): row for row in originals if "conversations" in row}, True
+    with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
+        f.write("[")
+        for row in rows:
+            f.write(("\n" if first else ",\n") + _line(row if "conversations" in row else to_llava(row, asked.get(str(row["id"])))))
+            first = False
+        f.write("\n]\n")
+    return Path(path)

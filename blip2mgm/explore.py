@@ -5,89 +5,538 @@
 # %% ../nbs/10_explore.ipynb #10-explore-002
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import io
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
-from .core import Config, ConfigError, Stage, show_table, write_json
-from .data import GateResult, MAX_PIXELS, Picture, caption_of, gate, open_picture, save_gate
-from .lexical import MIN_CHARACTERS, MIN_WORDS, boilerplate, describe, frequencies, too_short, words
+from fastcore.basics import patch
+
+from .core import Config, ConfigError, Stage, UserError, atomic_path, code_hash, read_json, resolve, show_path, show_table, track, write_json
+from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, embedded, files_in, format_of, iter_rows, judge, locate,
+                           look_at, open_bytes, open_picture, parse_lines, strict_pillow)
+from .lexical import (FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus, describe_corpus, join, leaks, length_stats, power_law)
 
 # %% auto #0
-__all__ = ['SIZES', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'completeness', 'size_class',
-           'image_stats', 'analyse', 'measures', 'panels', 'plot_lengths', 'plot_words', 'plot_images',
-           'sample_gallery', 'conclusion']
+__all__ = ['DEPTHS', 'SIZES', 'FIELDS', 'SHOWN', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig',
+           'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats', 'close_pairs', 'alike', 'look_at_rows',
+           'count_rows', 'batches', 'looked_at', 'Seen', 'Exploration', 'explore', 'of_gate', 'held_out_sets',
+           'leakage', 'analyse', 'share_interval', 'mean_interval', 'measures', 'diversity_table', 'leakage_table',
+           'panels', 'plot_lengths', 'plot_words', 'plot_images', 'plot_saturation', 'plot_flags', 'picture_of',
+           'plot_gallery', 'rows_at', 'plot_alike', 'conclusion', 'preview']
 
 # %% ../nbs/10_explore.ipynb #10-explore-005
+DEPTHS = ("full", "shape", "text")
+
 @dataclass
 class ExploreConfig(Config):
     "Parameters of the exploration."
     run: str = "runs/smoke"  # folder of the run
     data: str = "pictures/smoke"  # an embedded picture world (pictures/smoke, pictures/demo) or a folder in the same layout
-    captions: str = "captions.jsonl"  # the rows to look at: Data-Juicer jsonl in the data folder
+    captions: str = "captions.jsonl"  # the rows to look at, in the data folder: jsonl, json, tsv, Parquet or WebDataset
+    depth: str = "full"  # full decodes every picture; shape reads only their headers; text does not open them
+    sample: int = 0  # look at so many rows drawn by chance; 0 looks at all
+    held_out: bool = True  # compare with the evaluation sets in the data folder (leakage)
+    near: int = 4  # bits of 64 in which the fingerprints of near-duplicate pictures may differ
+    overlap: float = 0.8  # overlap of the word sets from which captions are near-duplicates
+    workers: int = 0  # processes that look at pictures; 0 uses every core
     max_pixels: int = MAX_PIXELS  # a picture with more pixels is refused as a decompression bomb
     budget: int = 1000  # words a block when diversity is measured; less if there are too few words
     top: int = 30  # words shown in the frequency chart
-    gallery: int = 12  # pictures shown
-    seed: int = 0  # of the gallery and of the intervals
+    gallery: int = 6  # rows shown of each kind
+    seed: int = 0  # of the sample, the gallery and the intervals
 
     def check(self):
         for name in ("max_pixels", "budget", "top", "gallery"):
             if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("sample", "workers", "near"):
+            if getattr(self, name) < 0: raise ConfigError(f"{name} cannot be below 0, and is {getattr(self, name)}")
+        if self.depth not in DEPTHS: raise ConfigError(f"depth must be one of {', '.join(DEPTHS)}, not {self.depth!r}")
+        if self.near > 8 or not 0.5 <= self.overlap <= 1: raise ConfigError("near goes up to 8 bits, and overlap from 0.5 to 1")
 
 # %% ../nbs/10_explore.ipynb #10-explore-008
-def completeness(rows: list[dict], fields: tuple[str, ...] = ("id", "text", "images")) -> dict[str, float]:
-    "The share of rows in which each field is there and not empty."
-    rows = [row for row in rows if isinstance(row, dict)]
-    return {name: sum(row.get(name) not in (None, "", []) for row in rows) / max(len(rows), 1) for name in fields}
+@lru_cache
+def _cosines(n: int = 32, keep: int = 8):
+    "The first `keep` rows of the cosine transform of `n` points."
+    import numpy as np
+    return np.cos(np.pi * np.arange(keep)[:, None] * (2 * np.arange(n) + 1) / (2 * n))
 
-# %% ../nbs/10_explore.ipynb #10-explore-011
+def fingerprint(grey) -> int:
+    "The perceptual hash of a grey picture: 64 bits (Zauner 2010)."
+    import numpy as np
+    from PIL import Image
+    pixels = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), dtype=float)
+    low = _cosines() @ pixels @ _cosines().T
+    return int(np.packbits(low > np.median(low)).view(">u8")[0])
+
+# %% ../nbs/10_explore.ipynb #10-explore-009
+def measure(im) -> tuple[float, float, int]:
+    "Brightness (0 to 255), sharpness and fingerprint of an image as people see it."
+    import numpy as np
+    from PIL import Image
+    plain = im.mode in ("RGB", "L", "CMYK", "YCbCr") and "exif" not in im.info and "transparency" not in im.info
+    grey = (im if plain else as_seen(im)).convert("L")
+    if max(grey.size) > 256:
+        scale = 256 / max(grey.size)
+        grey = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BILINEAR)
+    a = np.asarray(grey, dtype=np.int16)
+    edges = 4 * a[1:-1, 1:-1] - a[:-2, 1:-1] - a[2:, 1:-1] - a[1:-1, :-2] - a[1:-1, 2:]
+    return float(a.mean()), float(edges.var()) if edges.size else 0.0, fingerprint(grey)
+
+# %% ../nbs/10_explore.ipynb #10-explore-012
 SIZES = {"small": 0, "medium": 224, "large": 512, "very large": 1024}   # shorter side in pixels, from
 
 def size_class(picture: Picture) -> str:
     "small (below 224 pixels on the shorter side), medium, large (from 512) or very large (from 1024)."
     return [name for name, least in SIZES.items() if min(picture.width, picture.height) >= least][-1]
 
-# %% ../nbs/10_explore.ipynb #10-explore-012
-def image_stats(pictures: list[Picture]) -> dict:
-    "Number, mean and spread of width and height, shares of formats, modes and size classes, bytes."
-    from blip2mgm.lexical import length_stats
-    share = lambda values: {k: n / len(pictures) for k, n in Counter(values).most_common()}
-    return {"pictures": len(pictures), "width": length_stats([p.width for p in pictures]), "height": length_stats([p.height for p in pictures]),
-            "formats": share(p.format for p in pictures), "modes": share(p.mode for p in pictures), "sizes": share(map(size_class, pictures)),
-            "bytes": length_stats([p.bytes for p in pictures])}
+# %% ../nbs/10_explore.ipynb #10-explore-013
+class Pictures:
+    "What is kept of many pictures: how often each value occurs, and a fingerprint each."
+    def __init__(self):
+        self.width, self.height, self.bytes, self.shorter, self.brightness, self.sharpness = (Counter() for _ in range(6))
+        self.formats, self.modes, self.sizes, self.kinds, self.places, self.aspects = (Counter() for _ in range(6))
+        self.hashes, self.paths, self.rows = [], [], []   # arrays: fingerprint, number for the path, row
+    def __len__(self): return self.width.total()
+    def add(self, seen: list[tuple[int, str, Picture]]):
+        "Takes in (row, path, picture)."
+        import numpy as np
+        for _, _, p in seen:
+            self.width[p.width] += 1; self.height[p.height] += 1; self.bytes[round(p.bytes, -2)] += 1; self.shorter[min(p.width, p.height)] += 1
+            size = size_class(p)
+            self.formats[p.format] += 1; self.modes[p.mode] += 1; self.sizes[size] += 1; self.kinds[size, p.format] += 1
+            self.places[p.width // 20, p.height // 20] += 1; self.aspects[round(p.width / p.height, 2)] += 1
+            if p.brightness == p.brightness: self.brightness[round(p.brightness)] += 1; self.sharpness[min(20_000, round(p.sharpness, 1 - len(str(int(p.sharpness)))))] += 1
+        if seen and seen[0][2].brightness == seen[0][2].brightness:
+            self.hashes.append(np.array([p.hash for _, _, p in seen], np.uint64))
+        self.paths.append(np.array([hash(path) for _, path, _ in seen], np.int64)); self.rows.append(np.array([row for row, _, _ in seen], np.int64))
 
 # %% ../nbs/10_explore.ipynb #10-explore-014
-def analyse(result: GateResult, budget: int = 1000, top: int = 30, seed: int = 0) -> dict:
-    "Everything measured: the gate's counts, completeness, captions, most frequent words, pictures."
-    from blip2mgm.lexical import common_budget
-    texts = [caption_of(row["text"]) for row in result.accepted]
-    rows = [*result.accepted, *(row.get("row", row) for row in result.rejected)]
-    return {"rows": {"in": result.rows, "accepted": len(texts), "rejected": len(result.rejected)}, "rejected_by": result.counts(),
-            "complete": completeness(rows), "captions": describe(texts, common_budget(texts, most=budget), seed),
-            "most_frequent": frequencies(texts).most_common(top), "phrases": Counter(filter(None, map(boilerplate, texts))).most_common(top),
-            "images": image_stats(list(result.pictures.values())),
-            "rules": {"too_short": f"fewer than {MIN_WORDS} words or {MIN_CHARACTERS} characters", "size_from_shorter_side": SIZES}}
+def image_stats(pictures: list[Picture] | Pictures) -> dict:
+    "Number, mean and spread of width, height, bytes (to the nearest 100), brightness and sharpness; shares of formats, modes and size classes."
+    if not isinstance(pictures, Pictures): pictures, given = Pictures(), pictures; pictures.add([(0, "", p) for p in given])
+    share = lambda counts: {k: n / len(pictures) for k, n in counts.most_common()}
+    numbers = ("width", "height", "bytes", "brightness", "sharpness")
+    return {"pictures": len(pictures), **{name: length_stats(getattr(pictures, name)) for name in numbers}, "formats": share(pictures.formats),
+            "modes": share(pictures.modes), "sizes": share(pictures.sizes)}
 
-# %% ../nbs/10_explore.ipynb #10-explore-016
+# %% ../nbs/10_explore.ipynb #10-explore-017
+def close_pairs(hashes, near: int = 4, window: int = 32) -> tuple:
+    "Pairs (rows of `hashes`) of fingerprints that differ in at most `near` bits, their distance, and the share of rows in lines longer than the window."
+    import numpy as np
+    cuts, found, long = [64 * k // (near + 1) for k in range(near + 2)], [], 0
+    for low, high in zip(cuts, cuts[1:]):
+        keys = hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)
+        order = np.argsort(keys, kind="stable")
+        keys, ranked = keys[order], hashes[order]
+        long += int((keys[window:] == keys[:-window]).sum()) if len(keys) > window else 0
+        for step in range(1, min(window, len(keys) - 1) + 1):
+            far = np.bitwise_count(ranked[step:] ^ ranked[:-step])
+            at = np.flatnonzero((keys[step:] == keys[:-step]) & (far <= near))
+            if len(at): found.append(np.stack([order[at], order[at + step], far[at]], 1).astype(np.int64))
+    pairs = np.unique(np.concatenate([np.zeros((0, 3), np.int64), *[np.column_stack([np.sort(f[:, :2], 1), f[:, 2]]) for f in found]]), axis=0)
+    return pairs[:, :2], pairs[:, 2], long / max(len(hashes) * (near + 1), 1)
+
+# %% ../nbs/10_explore.ipynb #10-explore-019
+def alike(pictures: Pictures, near: int = 4) -> dict:
+    "How many different files look like another one, in how many groups, and examples (pairs of rows with their distance in bits)."
+    import numpy as np
+    if not pictures.hashes: return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
+    hashes, paths, rows = (np.concatenate(parts) for parts in (pictures.hashes, pictures.paths, pictures.rows))
+    _, first = np.unique(paths, return_index=True)   # one row for each file
+    hashes, rows = hashes[first], rows[first]
+    kinds, one, kind = np.unique(hashes, return_index=True, return_inverse=True)
+    pairs, far, long = close_pairs(kinds, near)
+    groups = join(np.arange(len(kinds)), pairs)[kind] if len(pairs) else kind
+    _, sizes = np.unique(groups, return_counts=True)
+    again = np.setdiff1d(np.arange(len(hashes)), one)[:20]
+    examples = [(int(rows[one[kind[i]]]), int(rows[i]), 0) for i in again] + [(int(rows[one[a]]), int(rows[one[b]]), int(d)) for (a, b), d in zip(pairs[:20].tolist(), far[:20])]
+    return {"files": len(hashes), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max(initial=0)),
+            "pairs": examples, "not_compared": long, "bits": near}
+
+# %% ../nbs/10_explore.ipynb #10-explore-021
+FIELDS = ("id", "text", "images")
+
+def _filled(row: object) -> list[bool]:
+    "Which of the fields of a row are there and not empty (a conversation is text, one image is images)."
+    if not isinstance(row, dict): return [False] * 3
+    return [row.get("id") not in (None, ""), (row.get("text") or row.get("conversations")) not in (None, "", []), (row.get("images") or row.get("image")) not in (None, "", [])]
+
+def look_at_rows(
+    rows: list,  # (number, line) of a jsonl file, or (row, problem)
+    lines: bool,  # which of the two
+    root: Root | str,
+    depth: str = "full",
+    max_pixels: int = MAX_PIXELS,
+) -> dict[str, list]:
+    "Columns of a batch: id, reason (or an empty string), caption, pictures by path, which fields are filled, and the whole row as JSON."
+    root = root if isinstance(root, Root) else Root(root)
+    look = (lambda image: None) if depth == "text" else lambda image: look_at(image, root, max_pixels, depth == "full", measure)
+    out = {name: [] for name in ("id", "reason", "caption", "pictures", "filled", "raw")}
+    with strict_pillow():
+        for row, problem, raw in (parse_lines(rows) if lines else ((row, problem, None) for row, problem in rows)):
+            safe = raw is not None and b"\\ud" not in raw and b"\\uD" not in raw
+            reason, text, seen = judge(row, problem, root, look, safe)
+            raw = _line(row) if raw is None or problem else raw.decode()
+            columns = (str(row["id"]) if not reason else "", reason, "" if reason else caption_of(text), {k: v for k, v in seen.items() if v}, _filled(row), raw)
+            for name, value in zip(out, columns): out[name].append(value)
+    return out
+
+# %% ../nbs/10_explore.ipynb #10-explore-024
+def count_rows(source: str | Path) -> int:
+    "How many rows a file or folder of shards holds."
+    total = 0
+    for file in files_in(source):
+        if format_of(file) in (".jsonl", ".ndjson"):
+            with open_bytes(file) as f: total += sum(not line.isspace() for line in f)
+        elif format_of(file) == ".parquet":
+            import pyarrow.parquet as pq
+            total += pq.read_metadata(file).num_rows
+        else: total += sum(1 for _ in iter_rows(file))
+    return total
+
+def _lines(source) -> Iterator[tuple[int, bytes]]:
+    "The lines that are not blank, with their numbers."
+    for file in files_in(source):
+        with open_bytes(file) as f: yield from ((n, line) for n, line in enumerate(f, 1) if not line.isspace())
+
+def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[list, bool]]:
+    "Rows in batches of `size` (fewer where they are large), as lines where the format has them; only those numbered in `picked`, if given."
+    lines = all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+    rows, held, wanted = [], 0, None if picked is None else set(picked)
+    for number, item in enumerate(_lines(source) if lines else iter_rows(source)):
+        if wanted is not None and number not in wanted: continue
+        rows.append(item)
+        held += len(item[1]) if lines else sum(len(v) for v in (item[0].get("images") or []) if isinstance(v, bytes)) if isinstance(item[0], dict) else 0
+        if len(rows) == size or held > room: yield rows, lines; rows, held = [], 0
+    if rows: yield rows, lines
+
+# %% ../nbs/10_explore.ipynb #10-explore-026
+def _as_pictures(batch: dict) -> dict:
+    "A batch read back from its file, with its pictures as such again."
+    return {**batch, "pictures": [{k: Picture(*p) for k, p in seen.items()} for seen in batch["pictures"]]}
+
+def _kept(file: Path | None, *work) -> dict:
+    "What `look_at_rows` says of a batch, from its file if there is one, else worked out and written to it."
+    if file and file.is_file(): return _as_pictures(read_json(file))
+    found = look_at_rows(*work)
+    if file:
+        with atomic_path(file) as part: part.write_text(json.dumps(found), encoding="utf-8", errors="surrogatepass")
+    return found
+
+def looked_at(
+    source: str | Path,
+    root: str | Path,
+    depth: str = "full",
+    max_pixels: int = MAX_PIXELS,
+    picked=None,  # row numbers, for a sample
+    workers: int = 1,
+    folder: Path | None = None,  # where finished batches are kept
+) -> Iterator[dict]:
+    "The batches in their order; see `look_at_rows`."
+    file = lambda k: folder and folder/f"{k:06}.json"
+    todo = ((file(k), rows, lines, str(root), depth, max_pixels) for k, (rows, lines) in enumerate(batches(source, picked)))
+    if workers < 2: yield from (_kept(*work) for work in todo); return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from blip2mgm import explore
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = deque(pool.submit(explore._kept, *work) for work in islice(todo, 2 * workers))
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(explore._kept, *work) for work in islice(todo, 1))
+        finally:
+            for left in waiting: left.cancel()
+
+# %% ../nbs/10_explore.ipynb #10-explore-028
+class Seen:
+    "The ids that were accepted so far, as sorted arrays that are merged as they grow."
+    def __init__(self): self.parts = []
+    def again(self, ids: list[str]) -> list[bool]:
+        "Which of these ids were there before, among these or earlier; all are remembered."
+        import numpy as np
+        if not ids: return []
+        numbers = np.fromiter(map(hash, ids), np.int64, len(ids))
+        new, first = np.unique(numbers, return_index=True)
+        old = np.ones(len(ids), bool)
+        old[first] = False
+        for part in self.parts:
+            at = np.minimum(np.searchsorted(part, numbers), len(part) - 1)
+            old |= part[at] == numbers
+        self.parts.append(new[~old[first]])
+        while len(self.parts) > 1 and 2 * len(self.parts[-1]) >= len(self.parts[-2]): self.parts.append(np.sort(np.concatenate([self.parts.pop(), self.parts.pop()])))
+        self.parts = [part for part in self.parts if len(part)]
+        return old.tolist()
+
+# %% ../nbs/10_explore.ipynb #10-explore-031
+SHOWN = {"by chance": "rows drawn by chance", "shortest": "fewest words", "longest": "most words", **RULES, "darkest": "least brightness", "brightest": "most brightness",
+         "blurred": "least sharpness", "odd shape": "farthest from square"}
+
+class Exploration:
+    "What is known of the rows so far."
+    def __init__(self, root: str | Path = ".", gallery: int = 6, seed: int = 0):
+        import numpy as np
+        self.root, self.n_shown, self.rng = Path(root), gallery, np.random.default_rng(seed)
+        self.rows, self.accepted, self.of = 0, 0, None   # `of`: how many there are, where these are a sample
+        self.reasons, self.filled, self.corpus, self.pictures, self.seen = Counter(), [0, 0, 0], Corpus(), Pictures(), Seen()
+        self.shown, self.held, self.looked, self.depth = {name: [] for name in SHOWN}, {}, 0, "full"
+        self.numbers = []   # for each accepted row its place among all
+
+# %% ../nbs/10_explore.ipynb #10-explore-032
+@patch
+def add(self: Exploration, batch: dict) -> tuple[list[dict], list[str]]:
+    "Takes in a batch; returns a dict of measures for each row, and the rejected rows as lines of JSON."
+    import numpy as np
+    reasons = list(batch["reason"])
+    good = [i for i, reason in enumerate(reasons) if not reason]
+    for i, again in zip(good, self.seen.again([batch["id"][i] for i in good])):
+        if again: reasons[i] = f"duplicate id: {batch['id'][i][:80]!a}"
+    good = [i for i, reason in enumerate(reasons) if not reason]
+    first, self.rows, self.accepted = self.rows, self.rows + len(reasons), self.accepted + len(good)
+    self.looked += sum(isinstance(json.loads(batch["raw"][i]), dict) for i, r in enumerate(reasons) if r) + len(good)
+    for filled in batch["filled"]: self.filled = [a + b for a, b in zip(self.filled, filled)]
+    self.reasons.update(reason.split(":")[0] for reason in reasons if reason)
+    measures = self.corpus.add([batch["caption"][i] for i in good])
+    pictures = [(first + i, path, p) for i in good for path, p in batch["pictures"][i].items()]
+    self.pictures.add(pictures)
+    self.numbers.append(np.array(good, int) + first)
+    self._show(batch, good, first, measures)
+    return self._table(batch, good, reasons, measures), [_line(_with_reason(json.loads(batch["raw"][i]), reason)) for i, reason in enumerate(reasons) if reason]
+
+# %% ../nbs/10_explore.ipynb #10-explore-033
+@patch
+def _table(self: Exploration, batch, good, reasons, measures) -> list[dict]:
+    "One dict a row: its id, what became of it, and its measures."
+    at, out = {i: k for k, i in enumerate(good)}, []
+    columns = {name: values.tolist() for name, values in measures.items()}
+    empty = dict.fromkeys([*columns, "width", "height", "aspect", "format", "mode", "size", "bytes", "brightness", "sharpness", "fingerprint"])
+    for i, reason in enumerate(reasons):
+        row = {"id": batch["id"][i], "status": "rejected" if reason else "accepted", "reason": reason, **empty}
+        if not reason: row |= {name: values[at[i]] for name, values in columns.items()}
+        if not reason and (p := next(iter(batch["pictures"][i].values()), None)):
+            row |= {"width": p.width, "height": p.height, "aspect": p.width / p.height, "format": p.format, "mode": p.mode, "size": size_class(p), "bytes": p.bytes}
+            if p.brightness == p.brightness: row |= {"brightness": p.brightness, "sharpness": p.sharpness, "fingerprint": f"{p.hash:016x}"}
+        out.append(row)
+    return out
+
+# %% ../nbs/10_explore.ipynb #10-explore-034
+@patch
+def _show(self: Exploration, batch, good, first, measures):
+    "Keeps the rows of this batch that belong among the few for show."
+    import numpy as np
+    if not good: return
+    p = [next(iter(batch["pictures"][i].values()), None) for i in good]
+    number = lambda f: np.array([f(x) if x else np.nan for x in p])
+    chance, words = self.rng.random(len(good)), measures["words"]
+    scores = {"by chance": chance, "shortest": -words, "longest": words, "darkest": number(lambda x: -x.brightness), "brightest": number(lambda x: x.brightness),
+              "blurred": number(lambda x: -x.sharpness), "odd shape": number(lambda x: max(x.width / x.height, x.height / x.width)),
+              **{name: np.where(measures[name], chance, np.nan) for name in FLAGS}}
+    for name, score in scores.items():
+        best = [k for k in np.argsort(-score, kind="stable")[:self.n_shown] if score[k] == score[k]]
+        new = [(float(score[k]), first + good[k], batch["caption"][good[k]], batch["raw"][good[k]]) for k in best]
+        self.shown[name] = sorted([*self.shown[name], *new], key=lambda s: (-s[0], s[1]))[:self.n_shown]
+
+# %% ../nbs/10_explore.ipynb #10-explore-036
+def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _stamp(source, *settings) -> str:
+    "A short name for these files under these settings."
+    import hashlib
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_in(source)]
+    return hashlib.sha256(json.dumps([files, settings, code_hash("data"), code_hash("explore")], default=str).encode()).hexdigest()[:16]
+
+def explore(
+    source: str | Path,  # a file or a folder of shards, in any format that is read
+    root: str | Path,  # the data root that image paths are relative to
+    depth: str = "full",  # see `ExploreConfig`
+    sample: int = 0,
+    workers: int = 0,
+    folder: str | Path | None = None,  # where rows.parquet, rejected.jsonl and, while it runs, finished batches go
+    max_pixels: int = MAX_PIXELS,
+    gallery: int = 6,
+    seed: int = 0,
+) -> Exploration:
+    "Goes through all rows once, or through a sample of them; rows in = accepted + rejected."
+    import shutil
+    total, picked = None, None
+    if sample or all(format_of(f) in (".jsonl", ".ndjson", ".parquet") for f in files_in(source)): total = count_rows(source)
+    if sample and sample < total: picked = _drawn(total, sample, seed)
+    found, n = Exploration(root, gallery, seed), len(picked) if picked is not None else total
+    found.of, found.depth, workers = total if picked is not None else None, depth, workers or _cores()
+    if depth == "text" or n is not None and n <= 2000: workers = 1   # starting processes would take longer
+    kept = Path(folder)/f".batches-{_stamp(source, str(root), depth, sample, seed, max_pixels)}" if folder and depth == "full" else None
+    if kept: kept.mkdir(parents=True, exist_ok=True)
+    results = looked_at(source, root, depth, max_pixels, picked, workers, kept)
+    with _Files(folder) if folder else nullcontext() as files:
+        for batch in track(results, "rows, in thousands", -(-n // 1000) if n is not None else None):
+            rows, rejected = found.add(batch)
+            if files: files.add(rows, rejected)
+    assert found.rows == found.accepted + found.reasons.total() and (n is None or found.rows == n), "a row was lost"
+    for old in Path(folder).glob(".batches-*") if folder else (): shutil.rmtree(old)
+    return found
+
+def _drawn(total: int, n: int, seed: int):
+    "The numbers of `n` rows of `total`, each as likely."
+    import numpy as np
+    return np.sort(np.random.default_rng(seed).choice(total, n, replace=False)).tolist()
+
+# %% ../nbs/10_explore.ipynb #10-explore-037
+class _Files:
+    "The files that grow as the rows go by, each whole or not there."
+    def __init__(self, folder): self.folder, self.writer = Path(folder), None
+    def __enter__(self):
+        self.paths = [atomic_path(self.folder/"rows.parquet"), atomic_path(self.folder/"rejected.jsonl")]
+        self.parts = [p.__enter__() for p in self.paths]
+        self.lines = self.parts[1].open("w", encoding="utf-8")
+        return self
+    def add(self, rows: list[dict], rejected: list[str]):
+        import pyarrow as pa, pyarrow.parquet as pq
+        self.writer = self.writer or pq.ParquetWriter(self.parts[0], _schema(), compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(rows, schema=_schema()))
+        self.lines.writelines(line + "\n" for line in rejected)
+    def __exit__(self, *error):
+        import pyarrow.parquet as pq
+        (self.writer or pq.ParquetWriter(self.parts[0], _schema())).close()
+        self.lines.close()
+        for p in self.paths: p.__exit__(*error)
+
+@lru_cache
+def _schema():
+    "The columns of rows.parquet."
+    import pyarrow as pa
+    kinds = {pa.string(): ("id", "status", "reason", "format", "mode", "size", "fingerprint"), pa.int64(): ("words", "characters", "sentences", "width", "height", "bytes"),
+             pa.bool_(): FLAGS, pa.float64(): ("aspect", "brightness", "sharpness")}
+    order = ["id", "status", "reason", "words", "characters", "sentences", *FLAGS, "width", "height", "aspect", "format", "mode", "size", "bytes", "brightness", "sharpness", "fingerprint"]
+    return pa.schema([(name, next(kind for kind, names in kinds.items() if name in names)) for name in order])
+
+# %% ../nbs/10_explore.ipynb #10-explore-039
+def of_gate(result: GateResult, root: str | Path = ".") -> Exploration:
+    "The exploration of rows that have passed the gate already."
+    found = Exploration(root)
+    rows = [(row, "") for row in result.accepted] + [(row.get("row", {k: v for k, v in row.items() if k != "reason"}), row["reason"]) for row in result.rejected]
+    text = lambda row: caption_of(row["text"] if "text" in row else "\n".join(turn["value"] for turn in row["conversations"]))
+    for i in range(0, len(rows), 1000):
+        part = rows[i:i + 1000]
+        seen = [{} if why else {path: result.pictures[path] for path in row.get("images") or [] if isinstance(path, str) and path in result.pictures} for row, why in part]
+        found.add({"id": ["" if why else str(row["id"]) for row, why in part], "reason": [why for _, why in part], "caption": ["" if why else text(row) for row, why in part],
+                   "pictures": seen, "filled": [_filled(row) for row, _ in part], "raw": [_line(row) for row, _ in part]})
+    return found
+
+# %% ../nbs/10_explore.ipynb #10-explore-041
+def held_out_sets(root: str | Path) -> dict[str, list]:
+    "The questions of the evaluation sets that lie in the data folder."
+    from blip2mgm.tasks import read_mmbench, read_textvqa
+    out = {}
+    for name, read in (("textvqa", read_textvqa), ("mmbench", read_mmbench)):
+        if (Path(root)/name).is_dir(): out[name] = read(root)
+    return out
+
+def leakage(found: Exploration, questions: list, near: int = 4, overlap: float = 0.8) -> dict:
+    "How many pictures and questions of a held-out set have a near-duplicate in training, with examples."
+    import numpy as np
+    pictures, hashes = {q.image_id: q.image for q in questions}, []
+    for image in pictures.values() if found.pictures.hashes else ():
+        try: hashes.append(measure(open_picture(io.BytesIO(image) if isinstance(image, bytes) else image))[2])
+        except Exception: hashes.append(None)   # the evaluation's own gate speaks of it
+    names, known = [k for k, h in zip(pictures, hashes) if h is not None], [h for h in hashes if h is not None]
+    hits = _leaked(np.array(known, np.uint64), found, near) if known else {}
+    held = Corpus(found.corpus.vocabulary)
+    texts = list(dict.fromkeys(f"{q.question} {q.answers[0] if len(q.answers) > 1 else q.options.get(q.answers[0], '')}" for q in questions))
+    held.add(texts)
+    found.corpus._learn()
+    said, places = leaks(held, found.corpus, overlap), np.concatenate([np.zeros(0, int), *found.numbers])
+    return {"pictures": len(names), "pictures_seen": len(hits), "questions": len(texts), "questions_seen": len(said),
+            "examples": [{"picture": names[i], "row": int(row), "bits": int(d)} for i, (row, d) in sorted(hits.items())[:20]],
+            "texts": [{"held_out": texts[i], "row": int(places[j]), "overlap": x} for i, j, x in said[:20]]}
+
+# %% ../nbs/10_explore.ipynb #10-explore-042
+def _leaked(held, found: Exploration, near: int) -> dict:
+    "For each held-out fingerprint with a close one in training: the nearest row and its distance."
+    import numpy as np
+    train, rows, best = np.concatenate(found.pictures.hashes), np.concatenate(found.pictures.rows), {}
+    kinds, first = np.unique(train, return_index=True)
+    same = np.minimum(np.searchsorted(kinds, held), len(kinds) - 1)
+    for i in np.flatnonzero(kinds[same] == held).tolist(): best[i] = int(rows[first[same[i]]]), 0
+    pairs, far, _ = close_pairs(np.concatenate([held, kinds]), near)
+    for (i, j), d in zip(pairs.tolist(), far.tolist()):
+        if i < len(held) <= j and d < best.get(i, (0, 99))[1]: best[i] = int(rows[first[j - len(held)]]), d
+    return best
+
+# %% ../nbs/10_explore.ipynb #10-explore-044
+def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, seed: int = 0, near: int = 4, overlap: float = 0.8) -> dict:
+    "All figures: the gate's counts, completeness, captions, words and runs of words, pictures, near-duplicates, leakage."
+    import numpy as np
+    if isinstance(found, GateResult): found = of_gate(found)
+    corpus, words = found.corpus, found.corpus.counts
+    tokens, order = int(words.sum()), np.argsort(-words, kind="stable")
+    groups = corpus.near_duplicates(overlap)
+    _, sizes = np.unique(groups, return_counts=True)
+    ranked, growth = words[order][words[order] > 0], [(n, t) for n, t in corpus.growth if n]
+    return {"rows": {"in": found.rows, "accepted": found.accepted, "rejected": found.rows - found.accepted}, "sample": found.of and {"rows": found.rows, "of": found.of},
+            "depth": found.depth, "rejected_by": dict(found.reasons.most_common()),
+            "complete": {name: n / max(found.looked, 1) for name, n in zip(FIELDS, found.filled)},
+            "captions": describe_corpus(corpus, min(budget, tokens // 20), seed), "most_frequent": [(corpus.vocabulary.words[i], int(words[i])) for i in order[:top] if words[i]],
+            "runs": {n: corpus.top_grams(n, top) for n in (2, 3)}, "phrases": corpus.phrases.most_common(top),
+            "zipf": power_law(np.arange(1, len(ranked) + 1)[:1000], ranked[:1000]), "heaps": power_law(*zip(*growth)) if growth else None, "saturation": corpus.saturation(),
+            "images": image_stats(found.pictures), "similar_captions": {"captions": len(groups), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()),
+            "largest": int(sizes.max(initial=0)), "overlap": overlap}, "similar_pictures": alike(found.pictures, near),
+            "leakage": {name: leakage(found, questions, near, overlap) for name, questions in found.held.items()},
+            "rules": {**RULES, "size_from_shorter_side": SIZES}}
+
+# %% ../nbs/10_explore.ipynb #10-explore-046
+def share_interval(share: float, n: int, of: int) -> tuple[float, float]:
+    "A 95% interval for a share seen in `n` rows drawn from `of` (Wilson 1927, with the correction for a finite whole)."
+    if n >= of or not n: return share, share
+    n, z2 = n * (of - 1) / (of - n), 1.96**2
+    middle, half = (share + z2 / (2 * n)) / (1 + z2 / n), 1.96 * (share * (1 - share) / n + z2 / (4 * n * n))**0.5 / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+def mean_interval(stats: dict, of: int) -> tuple[float, float]:
+    "A 95% interval for a mean of values drawn from `of`."
+    half = 1.96 * stats["sd"] / stats["n"]**0.5 * max(0, 1 - stats["n"] / of)**0.5
+    return stats["mean"] - half, stats["mean"] + half
+
+# %% ../nbs/10_explore.ipynb #10-explore-048
 def _pm(stats: dict, digits: int = 2) -> str:
-    return f"{stats['mean']:.{digits}f} ± {stats['sd']:.{digits}f}" if stats.get("n") else "none"
+    return f"{stats['mean']:,.{digits}f} ± {stats['sd']:,.{digits}f}" if stats.get("n") else "none"
 
 def measures(a: dict) -> list[dict]:
     "Rows of the table of measures; ± is the standard deviation, brackets a 95% interval."
-    c, i, fair = a["captions"], a["images"], a["captions"]["diversity"]
-    interval = lambda d: f"{d['value']:.3f} [{d['low']:.3f}, {d['high']:.3f}]" if d else "too few words"
-    at = f", {fair['distinct_1']['budget']:,} words at a time" if fair["distinct_1"] else ""
-    rows = [("rows accepted", f"{a['rows']['accepted']:,} of {a['rows']['in']:,}"), *((f"{k} complete", f"{v:.1%}") for k, v in a["complete"].items()),
-        ("words a caption", _pm(c["words"])), ("characters a caption", _pm(c["characters"], 1)), ("different words", f"{c['types']:,} of {c['tokens']:,}"),
-        ("type/token ratio (depends on the number of rows)", f"{c['type_token_ratio']:.4f}"), (f"different words{at}", interval(fair["distinct_1"])),
-        (f"different pairs of words{at}", interval(fair["distinct_2"])), ("different captions", f"{c['unique_captions']:.1%}"),
-        (f"too short ({a['rules']['too_short']})", f"{c['too_short']:.1%}"), ("with a boilerplate phrase", f"{c['boilerplate']:.1%}"),
-        ("width, pixels", _pm(i["width"], 0)), ("height, pixels", _pm(i["height"], 0)),
-        ("formats", ", ".join(f"{k} {v:.1%}" for k, v in i["formats"].items())), ("shorter side", ", ".join(f"{k} {v:.1%}" for k, v in i["sizes"].items()))]
+    c, i, of = a["captions"], a["images"], (a["sample"] or {}).get("of")
+    doubt = lambda share: " [{:.1%}, {:.1%}]".format(*share_interval(share, a["rows"]["in"], of)) if of else ""
+    about = lambda stats, digits=2: _pm(stats, digits) + (" [{:,.{d}f}, {:,.{d}f}]".format(*mean_interval(stats, of), d=digits) if of and stats.get("n") else "")
+    percent = lambda share: f"{share:.1%}{doubt(share)}"
+    rows = [("rows accepted", f"{a['rows']['accepted']:,} of {a['rows']['in']:,}" + (f", a sample of {of:,}" if of else "")),
+        *((f"{k} complete", percent(v)) for k, v in a["complete"].items()), *((f"{k} a caption", about(c[k])) for k in ("words", "characters", "sentences")),
+        ("different words", f"{c['types']:,} of {c['tokens']:,}"), ("different captions (case and punctuation aside)", f"{c['unique_captions']:.1%}"),
+        *((f"{name.replace('_', ' ')} ({rule})", percent(c[name])) for name, rule in RULES.items()),
+        (f"captions much like another (words overlap by {a['similar_captions']['overlap']:.0%})", f"{a['similar_captions']['alike']:,}"),
+        (f"pictures much like another file's ({a['similar_pictures']['bits']} bits)", f"{a['similar_pictures']['alike']:,} of {a['similar_pictures']['files']:,}"),
+        *((f"{k}, {unit}", about(i[k], 0)) for k, unit in (("width", "pixels"), ("height", "pixels"), ("bytes", "to the nearest 100"), ("brightness", "0 to 255"), ("sharpness", "variance"))),
+        ("formats", ", ".join(f"{k} {v:.1%}" for k, v in i["formats"].items())), ("modes", ", ".join(f"{k} {v:.1%}" for k, v in i["modes"].items())),
+        ("shorter side", ", ".join(f"{k} {v:.1%}" for k, v in i["sizes"].items()))]
     return [{"measure": name, "value": value} for name, value in rows]
 
-# %% ../nbs/10_explore.ipynb #10-explore-018
+def diversity_table(a: dict) -> list[dict]:
+    "Rows of the table of diversity: each measure at its number of words, with a 95% interval."
+    rows = [{"measure": f"{name}: {MEASURES[name]}", "value": d and round(d["value"], 3), "95% interval": d and f"{d['low']:.3f} to {d['high']:.3f}", "words a block": d and d["budget"],
+             "blocks": d and d["blocks"]} for name, d in a["captions"]["diversity"].items()]
+    return [*rows, {"measure": "type/token ratio of the whole: falls as rows are added, so not for comparing", "value": round(a["captions"]["type_token_ratio"], 4)}]
+
+# %% ../nbs/10_explore.ipynb #10-explore-049
+def leakage_table(a: dict) -> list[dict]:
+    "Rows of the table of what evaluation sets share with training."
+    return [{"evaluation set": name, "pictures": x["pictures"], "much like a training picture": x["pictures_seen"], "questions": x["questions"],
+             "much like a training caption": x["questions_seen"]} for name, x in a["leakage"].items()]
+
+# %% ../nbs/10_explore.ipynb #10-explore-051
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#9aa0a6"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
          "font.size": 9, "axes.titlesize": 10, "legend.frameon": False, "figure.dpi": 80}
@@ -99,26 +548,30 @@ def panels(columns: int, width: float = 9, height: float = 3, rows: int = 1, **k
     plt.close(fig)
     return fig, axs.flatten()
 
-# %% ../nbs/10_explore.ipynb #10-explore-019
-def _histogram(ax, values: list[int], below: int, unit: str):
-    "Bars of `values`, those under `below` in the warning colour, the mean as a line; the last bar gathers the longest 2%."
-    top = 1.2 * sorted(values)[int(0.98 * (len(values) - 1))] if values else 1
-    step = max(1, round(top / 40))
-    counts = Counter(int(min(v, top)) // step * step for v in values)
-    ax.bar(counts.keys(), counts.values(), width=0.9 * step, align="edge", color=[ORANGE if k < below else BLUE for k in counts])
-    mean, more = sum(values) / max(len(values), 1), f", last bar: {max(counts)} and more" if max(values, default=0) > top else ""
+# %% ../nbs/10_explore.ipynb #10-explore-052
+def _histogram(ax, counts: Counter, below: int, unit: str):
+    "Bars of how often each value occurs, those under `below` in the warning colour, the mean as a line; the last bar gathers the longest 2%."
+    n, seen, top = counts.total(), 0, 1
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= 0.98 * n: top = 1.2 * max(value, 1); break
+    step, bars = max(1, round(top / 40)), Counter()
+    for value, times in counts.items(): bars[int(min(value, top)) // step * step] += times
+    ax.bar(bars.keys(), bars.values(), width=0.9 * step, align="edge", color=[ORANGE if k < below else BLUE for k in bars])
+    mean, more = sum(v * k for v, k in counts.items()) / max(n, 1), f", last bar: {max(bars)} and more" if max(counts, default=0) > top else ""
     ax.axvline(mean, color="black", lw=1, ls="--")
     ax.set(xlabel=f"{unit} (orange: fewer than {below}{more})", ylabel="captions", title=f"{unit}: {mean:.1f} on average (dashed)")
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     return ax
 
-def plot_lengths(captions: list[str]):
+def plot_lengths(corpus: Corpus):
     "Words and characters a caption, as a figure."
     fig, axs = panels(2)
-    _histogram(axs[0], [len(words(c)) for c in captions], MIN_WORDS, "words a caption")
-    _histogram(axs[1], [len(c) for c in captions], MIN_CHARACTERS, "characters a caption")
+    _histogram(axs[0], corpus.words, MIN_WORDS, "words a caption")
+    _histogram(axs[1], corpus.characters, MIN_CHARACTERS, "characters a caption")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-022
+# %% ../nbs/10_explore.ipynb #10-explore-055
 FUNCTION_WORDS = set("a an the this that these those and or but not no of in on at to from for by with as is are was were be been it its there "
                      "here into over under up out he she they we you i his her their your my some any each all more most for".split())
 
@@ -128,68 +581,159 @@ def _bars(ax, counts: list[tuple[str, int]], title: str):
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=7, length=0)
     ax.set(title=title, xlabel="times")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.locator_params(axis="x", nbins=4)
     ax.grid(axis="y", visible=False)
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-023
-def plot_words(captions: list[str], top: int = 30):
-    "The most frequent words, the boilerplate phrases, and frequency against rank, as a figure."
-    fig, axs = panels(3, height=max(3, 0.14 * top))
-    counts = frequencies(captions)
-    _bars(axs[0], counts.most_common(top), "words (grey: function words)")
-    phrases = Counter(filter(None, map(boilerplate, captions))).most_common(15)
-    _bars(axs[1], phrases, "boilerplate phrases") if phrases else axs[1].set_title("no boilerplate phrases")
-    axs[2].loglog(range(1, len(counts) + 1), sorted(counts.values(), reverse=True), color=BLUE, marker=".", ms=3, lw=1)
-    axs[2].set(xlabel="rank", ylabel="times", title="frequency by rank")
+# %% ../nbs/10_explore.ipynb #10-explore-056
+def plot_words(corpus: Corpus, top: int = 30):
+    "The most frequent words and pairs of words, the boilerplate phrases, and frequency against rank, as a figure."
+    import numpy as np
+    fig, axs = panels(4, width=11, height=max(3, 0.14 * top))
+    order = np.argsort(-corpus.counts, kind="stable")
+    counts = corpus.counts[order][corpus.counts[order] > 0]
+    _bars(axs[0], [(corpus.vocabulary.words[i].replace("$", r"\$"), int(corpus.counts[i])) for i in order[:min(top, len(counts))]], "words (grey: function words)")
+    _bars(axs[1], [(k.replace("$", r"\$"), n) for k, n in corpus.top_grams(2, top)["most_frequent"]], "pairs of words")
+    phrases = corpus.phrases.most_common(15)
+    _bars(axs[2], phrases, "boilerplate phrases") if phrases else axs[2].set_title("no boilerplate phrases")
+    at = np.unique(np.geomspace(1, max(len(counts), 1), 200).astype(int)) - 1
+    axs[3].loglog(at + 1, counts[at] if len(counts) else [1], color=BLUE, marker=".", ms=3, lw=1)
+    axs[3].set(xlabel="rank", ylabel="times", title="frequency by rank")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-025
-def plot_images(pictures: list[Picture]):
-    "Widths against heights, shorter sides, and size classes by format, as a figure."
-    fig, axs = panels(3)
-    axs[0].scatter([p.width for p in pictures], [p.height for p in pictures], s=8, alpha=max(0.1, min(0.8, 40 / max(len(pictures), 1))), color=BLUE, lw=0)
-    axs[0].set(xlabel="width, pixels", ylabel="height, pixels", title="size of each picture", xlim=(0, None), ylim=(0, None))
+# %% ../nbs/10_explore.ipynb #10-explore-058
+def plot_images(pictures: Pictures):
+    "Widths against heights, shorter sides, size classes by format, brightness and sharpness, as a figure."
+    fig, axs = panels(5 if pictures.brightness else 3, width=13 if pictures.brightness else 9)
+    places = pictures.places.most_common()
+    axs[0].scatter([20 * x + 10 for (x, _), _ in places], [20 * y + 10 for (_, y), _ in places], s=14, c=[n for _, n in places], cmap="Blues", vmin=-0.3 * max((n for _, n in places), default=1), lw=0, marker="s")
+    axs[0].set(xlabel="width, pixels", ylabel="height, pixels", title="sizes (darker: more)", xlim=(0, None), ylim=(0, None))
     for line in (axs[0].axvline, axs[0].axhline): line(SIZES["medium"], color=ORANGE, lw=1, ls="--")
-    shorter = [min(p.width, p.height) for p in pictures]
-    axs[1].hist(shorter, bins=40, color=BLUE)
+    _bins(axs[1], pictures.shorter, "shorter side, pixels (line: 224)", "shorter side")
     axs[1].axvline(SIZES["medium"], color=ORANGE, lw=1, ls="--")
-    axs[1].set(xlabel="shorter side, pixels (line: 224)", ylabel="pictures", title="shorter side")
-    counts = Counter((size_class(p), p.format) for p in pictures)
-    names = [f"{size}, {format}" for (size, format), _ in counts.most_common(8)]
-    axs[2].bar_label(axs[2].barh(names, [n for _, n in counts.most_common(8)], color=BLUE, height=0.5), fmt="{:,.0f}", padding=3)
-    axs[2].set(xlabel="pictures", title="size class and format", xlim=(0, 1.25 * max(counts.values(), default=1)))
+    kinds = pictures.kinds.most_common(8)
+    axs[2].bar_label(axs[2].barh([f"{size}, {format}" for (size, format), _ in kinds], [n for _, n in kinds], color=BLUE, height=0.5), fmt="{:,.0f}", padding=3)
+    axs[2].set(xlabel="pictures", title="size class and format", xlim=(0, 1.35 * max((n for _, n in kinds), default=1)))
+    axs[2].locator_params(axis="x", nbins=3)
+    if pictures.brightness: _bins(axs[3], pictures.brightness, "mean grey, 0 to 255", "brightness"); _bins(axs[4], pictures.sharpness, "variance of the Laplacian", "sharpness")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-028
-def _label(caption: str) -> str:
-    "A caption for under a picture: shortened, with its marks, and nothing that the chart program reads as formula."
+def _bins(ax, counts: Counter, xlabel: str, title: str):
+    "How often values occur, in 40 bars, those beyond the highest 1% left out."
+    n, seen, top = counts.total(), 0, 1
+    for value in sorted(counts):
+        seen, top = seen + counts[value], value
+        if seen >= 0.99 * n: break
+    ax.hist(list(counts), bins=40, range=(0, max(top, 1)), weights=list(counts.values()), color=BLUE)
+    ax.set(xlabel=xlabel, ylabel="pictures", title=title)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    return ax
+
+# %% ../nbs/10_explore.ipynb #10-explore-060
+def plot_saturation(curves: dict[str, list[tuple[int, float]]]):
+    "Different words against words, a curve a set: sets compare where both have points."
+    fig, (ax,) = panels(1, width=4.6)
+    for (name, curve), color in zip(curves.items(), (BLUE, ORANGE, GREY)):
+        if curve: ax.loglog(*zip(*curve), color=color, marker=".", ms=3, lw=1, label=name)
+    ax.set(xlabel="words", ylabel="different words to be expected", title="saturation of the vocabulary")
+    if len(curves) > 1: ax.legend()
+    return fig
+
+def plot_flags(a: dict):
+    "The share of captions with each flag, with its interval where only a sample was looked at."
+    fig, (ax,) = panels(1, width=4.6)
+    of, shares = (a["sample"] or {}).get("of"), [a["captions"][name] for name in FLAGS]
+    bounds = [share_interval(s, a["rows"]["in"], of or 0) for s in shares]
+    error = [[max(0, s - low) for s, (low, _) in zip(shares, bounds)], [max(0, high - s) for s, (_, high) in zip(shares, bounds)]]
+    bars = ax.barh([name.replace("_", " ") for name in FLAGS], [100 * s for s in shares], color=ORANGE, height=0.55, xerr=[[100 * e for e in side] for side in error] if of else None)
+    ax.bar_label(bars, fmt="{:.1f}%", padding=3)
+    ax.set(xlabel="% of accepted captions", title="quality flags", xlim=(0, max(1, 125 * max(shares, default=0))))
+    ax.invert_yaxis()
+    return fig
+
+# %% ../nbs/10_explore.ipynb #10-explore-063
+def picture_of(raw: str, root: str | Path):
+    "The first picture of a row given as JSON; None if it cannot be shown."
+    row = json.loads(raw)
+    images = row.get("images") or ([row["image"]] if row.get("image") else [])
+    try:
+        path, data = embedded(images[0])
+        return open_picture(io.BytesIO(data) if data else locate(Root(root), path))
+    except Exception: return None
+
+def _label(caption: str, width: int = 24, lines: int = 4) -> str:
+    "A caption for under a picture: shortened, and nothing that the chart program reads as formula."
     import textwrap
-    marks = [name for name, on in (("too short", too_short(caption)), ("boilerplate", boilerplate(caption))) if on]
-    text = "\n".join(textwrap.wrap(caption, 30)[:4])
-    return (text + (f"\n[{', '.join(marks)}]" if marks else "")).replace("$", r"\$")
+    found = textwrap.wrap(caption, width) or ["(no words)"]
+    return "\n".join(found[:lines - 1] + ([found[lines - 1] + " ..."] if len(found) > lines else found[lines - 1:lines])).replace("$", r"\$")
 
-def sample_gallery(rows: list[dict], root: Path, n: int = 12, seed: int = 0, columns: int = 6):
-    "Some rows drawn by chance, picture and caption, as a figure."
-    import random
-    rows = random.Random(seed).sample(rows, min(n, len(rows)))
-    fig, axs = panels(columns, rows=max(1, -(-len(rows) // columns)), height=2.2 * max(1, -(-len(rows) // columns)))
+def plot_gallery(found: Exploration, columns: int = 6, names: Iterable[str] = tuple(SHOWN)):
+    "Rows of each kind, picture and caption, a kind a line, as a figure."
+    names = [name for name in names if found.shown[name] and name not in ("darkest", "brightest", "blurred", "odd shape") or found.shown[name] and found.pictures.brightness]
+    fig, axs = panels(columns, width=1.7 * columns, rows=max(1, len(names)), height=2.25 * max(1, len(names)))
     for ax in axs: ax.axis("off")
-    for ax, row in zip(axs, rows):
-        ax.imshow(open_picture(Path(root)/row["images"][0]).resize((160, 160)))
-        ax.set_title(_label(caption_of(row["text"])), fontsize=7, loc="center")
+    for k, name in enumerate(names):
+        for j, (_, _, caption, raw) in enumerate(found.shown[name][:columns]):
+            ax, im = axs[k * columns + j], picture_of(raw, found.root)
+            if im: ax.imshow(_thumbnail(im))
+            ax.set_title((f"{name.replace('_', ' ').upper()}\n" if j == 0 else "\n") + _label(caption), fontsize=7, loc="left", va="bottom", pad=3)
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-030
+def _thumbnail(im, side: int = 150):
+    from PIL import ImageOps
+    return ImageOps.pad(im, (side, side), color="white")
+
+# %% ../nbs/10_explore.ipynb #10-explore-064
+def rows_at(source: str | Path, numbers: Iterable[int]) -> dict[int, str]:
+    "Rows of a file by their number, as JSON."
+    wanted, lines = set(numbers), all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+    if not wanted: return {}
+    rows = enumerate(_lines(source) if lines else iter_rows(source))
+    return {n: item[1].decode() if lines else _line(item[0]) for n, item in islice(rows, max(wanted) + 1) if n in wanted}
+
+def plot_alike(source: str | Path, root: str | Path, pairs: list[tuple[int, int, int]], picked=None, n: int = 6):
+    "Pairs of pictures that look alike, one above the other, with their distance in bits."
+    import random
+    pairs = sorted(random.Random(0).sample(pairs, min(n, len(pairs))), key=lambda p: p[2])
+    place = (lambda i: picked[i]) if picked is not None else (lambda i: i)
+    raws = rows_at(source, {place(i) for pair in pairs for i in pair[:2]})
+    fig, axs = panels(max(n, 1), width=1.7 * n, rows=2, height=3.6)
+    for ax in axs: ax.axis("off")
+    for k, (a, b, bits) in enumerate(pairs):
+        for ax, i in ((axs[k], a), (axs[n + k], b)):
+            if im := picture_of(raws[place(i)], root): ax.imshow(_thumbnail(im))
+        axs[k].set_title(f"{bits} bits apart", fontsize=8)
+    if not pairs: axs[0].text(0, 0.5, "no two files look alike")
+    return fig
+
+# %% ../nbs/10_explore.ipynb #10-explore-066
 def conclusion(a: dict) -> list[str]:
     "What the numbers say, in sentences."
     c, i, r = a["captions"], a["images"], a["rows"]
-    refused = ", ".join(f"{n} {name}" for name, n in a["rejected_by"].items())
+    refused = ", ".join(f"{n:,} {name}" for name, n in a["rejected_by"].items())
     out = [f"Of {r['in']:,} rows, {r['accepted']:,} are sound" + (f"; {r['rejected']:,} were refused ({refused})." if refused else " and none was refused.")]
+    if a["sample"]: out += [f"These rows are a sample of {a['sample']['of']:,}; brackets in the tables say what it can tell of the whole. Near-duplicates across the whole are more than in a sample."]
     if not r["accepted"]: return out + ["There is nothing to measure."]
-    out += [f"A caption has {c['words']['mean']:.1f} words on average; {c['too_short']:.0%} are too short by the study's rule ({a['rules']['too_short']}).",
-            f"{c['boilerplate']:.0%} of captions carry a phrase that speaks of the picture's trade, and {1 - c['unique_captions']:.0%} repeat another caption."]
+    out += [f"A caption has {c['words']['mean']:.1f} words on average; {c['too_short']:.1%} are too short by the study's rule ({a['rules']['too_short']}).",
+            f"{c['boilerplate']:.1%} of captions carry a phrase that speaks of the picture's trade, and {1 - c['unique_captions']:.1%} repeat another caption word for word."]
     if fair := c["diversity"]["distinct_1"]:
         out += [f"Of {fair['budget']:,} words {fair['value']:.0%} are different (95% interval {fair['low']:.1%} to {fair['high']:.1%}); compare other captions at this "
                 f"same number of words, not by the plain type/token ratio of {c['type_token_ratio']:.4f}, which falls as rows are added."]
-    return out + [f"Pictures measure {i['width']['mean']:.0f} x {i['height']['mean']:.0f} pixels on average; {i['sizes'].get('small', 0):.1%} are below "
-                  f"{SIZES['medium']} pixels on the shorter side and will be filtered by the study's recipe."]
+    if i["pictures"]: out += [f"Pictures measure {i['width']['mean']:.0f} x {i['height']['mean']:.0f} pixels on average; {i['sizes'].get('small', 0):.1%} are below "
+                              f"{SIZES['medium']} pixels on the shorter side and will be filtered by the study's recipe."]
+    if (s := a["similar_pictures"])["files"]: out += [f"{s['alike']:,} of {s['files']:,} picture files look like another one (fingerprints within {s['bits']} bits), in {s['groups']:,} groups."]
+    return out + [f"Of the {x['pictures']:,} pictures of {name}, {x['pictures_seen']:,} look like a training picture; of its {x['questions']:,} questions with answer, {x['questions_seen']:,} read like a "
+                  "training caption." for name, x in a["leakage"].items()]
+
+# %% ../nbs/10_explore.ipynb #10-explore-068
+def preview(path: str | Path, root: str | Path | None = None, depth: str = "full", sample: int = 0, workers: int = 0, top: int = 15) -> str:
+    "What there is to say of a data set, as text. Image paths are taken from `root`: the folder of the file, if not given."
+    path = Path(path).expanduser()
+    if not path.exists(): raise UserError(f"{path} is not there; give a file or a folder of shards")
+    found = explore(path, root or (path if path.is_dir() else path.parent), depth, sample, workers)
+    a = analyse(found, top=top)
+    away = a["rejected_by"].get("path outside the data root", 0) + a["rejected_by"].get("missing file", 0)
+    hint = [f"{away:,} pictures were not found under {found.root}: give the folder that image paths start from with --root."] if away > 0.2 * found.rows else []
+    words = ", ".join(f"{w} {n:,}" for w, n in a["most_frequent"])
+    return "\n\n".join(map(str, [show_table(measures(a)), show_table(diversity_table(a)), f"most frequent words: {words}", "\n".join(hint + conclusion(a))]))

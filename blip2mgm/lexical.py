@@ -5,17 +5,22 @@
 # %% ../nbs/03_lexical.ipynb #03-lexical-002
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, pstdev
+from itertools import islice
+from math import exp, lgamma
+from statistics import NormalDist, fmean
+
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'words', 'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words',
-           'mattr', 'Diversity', 'blocks_of', 'tail', 'bootstrap_mean', 'diversity', 'common_budget', 'too_short',
-           'boilerplate', 'describe']
+__all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'FLAGS', 'REPETITIVE', 'LOUD', 'RULES', 'MEASURES', 'words',
+           'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words', 'mattr', 'mtld', 'expected_types', 'hdd',
+           'compression', 'self_repetition', 'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate',
+           'Corpus', 'gram_keys', 'inside_one', 'corpus_of', 'diversity', 'common_budget', 'power_law', 'minhash_key',
+           'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-005
 _word = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -25,12 +30,16 @@ def words(text: str) -> list[str]:
     return _word.findall(text.lower())
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-008
-def length_stats(values: list[int]) -> dict[str, float]:
-    "Number, mean, standard deviation (of the values themselves), median, least and greatest."
-    if not values: return {"n": 0}
-    ordered, n = sorted(values), len(values)
-    median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return {"n": n, "mean": fmean(values), "sd": pstdev(values), "median": median, "min": ordered[0], "max": ordered[-1]}
+def length_stats(values: Iterable[int] | Counter) -> dict[str, float]:
+    "Number, mean, standard deviation (of the values themselves), median, least and greatest of whole numbers."
+    counts = values if isinstance(values, Counter) else Counter(values)
+    n, total, squares = (sum(times * value**k for value, times in counts.items()) for k in range(3))
+    if not n: return {"n": 0}
+    ordered, seen, middle = sorted(counts), 0, []
+    for value in ordered:
+        seen += counts[value]
+        while len(middle) < 2 and seen > (n - 1 + len(middle)) // 2: middle.append(value)
+    return {"n": n, "mean": total / n, "sd": (n * squares - total**2) ** 0.5 / n, "median": sum(middle) / 2, "min": ordered[0], "max": ordered[-1]}
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-012
 def ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
@@ -64,9 +73,47 @@ def mattr(tokens: list, window: int = 100) -> float:
     return total / (len(tokens) - window + 1) / window
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-021
+def mtld(tokens: list, threshold: float = 0.72) -> float:
+    "The mean number of tokens until the type/token ratio falls to the threshold; all of them if it never does."
+    return fmean(_factor_length(order, threshold) for order in (tokens, tokens[::-1])) if len(tokens) else 0.0
+
+def _factor_length(tokens, threshold):
+    factors, types, n = 0, set(), 0
+    for token in tokens:
+        types.add(token)
+        n += 1
+        if len(types) <= threshold * n: factors, types, n = factors + 1, set(), 0
+    if n: factors += (1 - len(types) / n) / (1 - threshold)
+    return len(tokens) / factors if factors else float(len(tokens))
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-024
+def expected_types(times: Counter, n: int) -> float:
+    "How many different tokens to expect among `n` drawn without replacement, from how many types (values) occur how often (keys)."
+    N = sum(c * k for c, k in times.items())
+    choose = lambda a, b: lgamma(a + 1) - lgamma(b + 1) - lgamma(a - b + 1)
+    return sum(k * (1 - (exp(choose(N - c, n) - choose(N, n)) if N - c >= n else 0)) for c, k in times.items())
+
+def hdd(tokens: list, draws: int = 42) -> float:
+    "The share of different tokens to be expected in `draws` of them (in all, if there are fewer)."
+    draws = min(draws, len(tokens))
+    return expected_types(Counter(Counter(tokens).values()), draws) / draws if draws else 0.0
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-027
+def compression(text: str) -> float:
+    "Size in bytes over packed size: the higher, the more repetitive."
+    import zlib
+    data = text.encode(errors="replace")
+    return len(data) / len(zlib.compress(data, 9)) if data else 1.0
+
+def self_repetition(grams: list) -> float:
+    "The share of tokens (runs of words) that occur more than once."
+    counts = Counter(grams)
+    return sum(n for n in counts.values() if n > 1) / len(grams) if len(grams) else 0.0
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-030
 @dataclass
 class Diversity:
-    "Different tokens per token at a budget, with a 95% interval over blocks."
+    "A measure of diversity at a budget, with a 95% interval over blocks."
     value: float
     low: float
     high: float
@@ -74,20 +121,7 @@ class Diversity:
     blocks: int
     def __str__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] at {self.budget:,} tokens, {self.blocks} blocks"
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-022
-def blocks_of(
-    captions: list[str],
-    budget: int,  # tokens a block
-    n: int = 1,  # words a token
-    seed: int = 0,
-) -> list[list]:
-    "The tokens of the captions in random order, cut into full blocks; what is left over is dropped."
-    order = list(captions)
-    random.Random(seed).shuffle(order)
-    tokens = [gram for caption in order for gram in ngrams(words(caption), n)]
-    return [tokens[i:i + budget] for i in range(0, len(tokens) - budget + 1, budget)]
-
-# %% ../nbs/03_lexical.ipynb #03-lexical-024
+# %% ../nbs/03_lexical.ipynb #03-lexical-032
 def tail(k: int) -> float:
     "The share of resamples to leave out at each end, for a 95% interval from `k` values (0.025 for very many)."
     z, v = NormalDist().inv_cdf(0.975), k - 1
@@ -101,7 +135,242 @@ def bootstrap_mean(values: list[float], repeats: int = 1000, seed: int = 0) -> t
     low, high = np.quantile(drawn.mean(1), [a, 1 - a])
     return fmean(values), float(low), float(high)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-026
+# %% ../nbs/03_lexical.ipynb #03-lexical-035
+MIN_WORDS, MIN_CHARACTERS = 6, 20
+
+def too_short(caption: str, min_words: int = MIN_WORDS, min_characters: int = MIN_CHARACTERS) -> bool:
+    "Whether a caption has too few words or characters."
+    return len(words(caption)) < min_words or len(caption) < min_characters
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-036
+BOILERPLATE = ("stock photo", "stock image", "stock illustration", "royalty free", "royalty-free", "clip art", "clipart", "free vector",
+    "vector illustration", "download", "click here", "shutterstock", "getty images", "istock", "alamy", "wallpaper for", "all rights reserved",
+    "copyright", "for sale", "free shipping", "buy now", "image may contain", "untitled", "no description", "www", "http", "https")
+_boilerplate = re.compile(rf"\b(?:{'|'.join(map(re.escape, BOILERPLATE))})s?\b|©")
+
+def boilerplate(caption: str) -> str:
+    "The first stock phrase in a caption, in lower case, or an empty string."
+    found = _boilerplate.search(caption.lower())
+    return found[0] if found else ""
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-039
+_token = re.compile(_word.pattern + r"|[.!?…。！？]+(?=\s|$)|\x1e", re.M)   # words, ends of sentences, ends of captions
+FLAGS = ("too_short", "boilerplate", "repetitive", "ocr_like", "non_latin")
+REPETITIVE, LOUD = 0.3, 0.5
+RULES = {"too_short": f"fewer than {MIN_WORDS} words or {MIN_CHARACTERS} characters", "boilerplate": "a phrase of the picture trade, such as stock photo",
+         "repetitive": f"more than {REPETITIVE:.0%} of its runs of three words occur twice or more in it",
+         "ocr_like": f"more than {LOUD:.0%} of its signs are capitals, digits or symbols", "non_latin": "most of its letters are not Latin"}
+
+class _Vocabulary(dict):
+    "Numbers for words, in the order in which they are first seen; 0 is the end of a caption."
+    def __init__(self): super().__init__({"\x1e": 0}); self.words = ["\x1e"]
+    def __missing__(self, word):
+        self[word] = number = len(self.words)
+        self.words.append(word)
+        return number
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-040
+_telling = {form for phrase in BOILERPLATE for word in [max(re.split(r"[ -]", phrase), key=len)] for form in (word, word + "s")}
+
+class Corpus:
+    "Statistics of captions that are added a batch at a time."
+    def __init__(self, vocabulary: _Vocabulary | None = None):
+        import tempfile, numpy as np
+        self.vocabulary, self.file, self.captions = vocabulary or _Vocabulary(), tempfile.TemporaryFile(prefix="words"), 0
+        self.kind, self.counts = np.ones(1, np.uint8), np.zeros(1, np.int64)   # of each word: 0 word, 1 end of a caption, 2 end of a sentence, 3 may belong to a stock phrase
+        self.lengths, self.hashes, self.growth = [], [], [(0, 0)]              # words and fingerprint of each caption; tokens and types as they grew
+        self.words, self.characters, self.sentences, self.flags, self.phrases = Counter(), Counter(), Counter(), Counter(), Counter()
+    def _learn(self):
+        "Says of the new words what they are."
+        import numpy as np
+        new = self.vocabulary.words[len(self.kind):]
+        kinds = [2 if w[0] in ".!?…。！？" else 3 if not _telling.isdisjoint((w, *re.split("['’-]", w))) else 0 for w in new]
+        self.kind = np.concatenate([self.kind, np.array(kinds, np.uint8)])
+        self.counts = np.concatenate([self.counts, np.zeros(len(new), np.int64)])
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-042
+_classes = []
+
+def _signs():
+    "For each of the first 65,536 characters: bit 1 ink, 2 loud (capital, digit, symbol), 4 letter, 8 letter that is not Latin."
+    if not _classes:
+        import numpy as np
+        quiet = set(".,'’\"-!?;:()")
+        def kind(n):
+            c = chr(n)
+            return (not c.isspace() and n > 32) | (c.isupper() or c.isdigit() or not c.isalnum() and c not in quiet and n > 32) << 1 | c.isalpha() << 2 | (c.isalpha() and n > 0x24f) << 3
+        _classes.append(np.array([kind(n) if not 0xd800 <= n < 0xe000 else 3 for n in range(1 << 16)], np.uint8))
+    return _classes[0]
+
+def _sign_flags(text: str):
+    "For each caption in `text` (each ended by \\x1e): is it OCR-like, is it not Latin, and how many characters it has."
+    import numpy as np
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    ends = np.flatnonzero(points == 0x1e)
+    starts, kinds = np.r_[0, ends[:-1] + 1], _signs()[np.minimum(points, 0xffff)]
+    kinds[ends] = 0
+    ink, loud, letters, foreign = (np.add.reduceat((kinds >> bit & 1).astype(np.int32), starts) for bit in range(4))
+    return loud > LOUD * ink, 2 * foreign > letters, ends - starts
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-044
+def gram_keys(ids, n: int):
+    "A number for each run of `n` neighbouring words: the same run, the same number."
+    import numpy as np
+    keys = ids.astype(np.int64)
+    for k in range(1, n):
+        if k > 1: keys = np.unique(keys, return_inverse=True)[1]   # small numbers again, so that the next word fits beside them
+        keys = keys[:-1] << 32 | ids[k:]
+    return keys
+
+def inside_one(rows, n: int):
+    "Which runs of `n` words lie within one caption."
+    return rows[n - 1:] == rows[:len(rows) - n + 1]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-046
+def _repetitive(ids, rows, n_rows: int):
+    "Which captions repeat more than `REPETITIVE` of their runs of three words."
+    import numpy as np
+    fits = inside_one(rows, 3) if len(ids) > 2 else np.zeros(0, bool)
+    if not fits.any(): return np.zeros(n_rows, bool)
+    a, at = ids.astype(np.uint64), rows[:-2][fits]
+    runs = (((a[:-2] * np.uint64(0x9E3779B97F4A7C15) + a[1:-1]) * np.uint64(0xC2B2AE3D27D4EB4F) + a[2:]) * np.uint64(0x165667B19E3779F9))[fits] + at.astype(np.uint64)
+    runs *= np.uint64(0x9E3779B97F4A7C15)
+    ordered = np.sort(runs)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice): return np.zeros(n_rows, bool)
+    again = np.bincount(at, np.isin(runs, twice), n_rows)
+    return again > REPETITIVE * np.bincount(at, minlength=n_rows)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-047
+_mix = 0x9E3779B97F4A7C15
+
+def _fingerprints(ids, lengths):
+    "One 64-bit number for each caption from its words in their order (0 for none): the same words, the same number."
+    import numpy as np
+    starts = np.cumsum(lengths) - lengths
+    place = np.arange(len(ids), dtype=np.uint64) - np.repeat(starts, lengths).astype(np.uint64)
+    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_mix) ^ (place + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+    x = (x ^ x >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+    total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(x ^ x >> np.uint64(32), dtype=np.uint64)])
+    return total[starts + lengths] - total[starts]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-048
+@patch
+def add(self: Corpus, captions: list[str]) -> dict:
+    "Takes in some captions; returns arrays with one entry each: words, characters, sentences and the flags."
+    import numpy as np
+    if not captions: return {name: np.zeros(0, int) for name in ("words", "characters", "sentences", *FLAGS)}
+    text = "\x1e".join([c.replace("\x1e", " ") for c in captions] if any("\x1e" in c for c in captions) else captions) + "\x1e"
+    found = _token.findall(text.lower())
+    ids = np.fromiter(map(self.vocabulary.__getitem__, found), np.uint32, len(found))
+    self._learn()
+    kind, ends = self.kind[ids], np.flatnonzero(ids == 0)
+    rows, is_word, n = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1)), (kind & 1) == (kind >> 1), len(ends)
+    words, closed = np.bincount(rows, is_word, n).astype(np.int64), np.bincount(rows, kind == 2, n).astype(np.int64)
+    sentences = np.where(words > 0, closed + is_word[ends - 1], 0)
+    return self._count(captions, text, ids[is_word], rows[is_word], words, sentences, np.unique(rows[kind == 3]))
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-049
+@patch
+def _count(self: Corpus, captions, text, ids, rows, words, sentences, suspects):
+    "Adds up what one batch holds, and returns what it says of each caption."
+    import numpy as np
+    ocr, foreign, characters = _sign_flags(text)
+    stock = np.zeros(len(captions), bool)
+    for i in {*suspects.tolist(), *(i for i, c in enumerate(captions) if "©" in c)} if suspects.size or "©" in text else ():
+        if phrase := boilerplate(captions[i]): stock[i], self.phrases[phrase] = True, self.phrases[phrase] + 1
+    flags = {"too_short": (words < MIN_WORDS) | (characters < MIN_CHARACTERS), "boilerplate": stock, "repetitive": _repetitive(ids, rows, len(words)),
+             "ocr_like": ocr, "non_latin": foreign}
+    for name, on in flags.items(): self.flags[name] += int(on.sum())
+    for counts, values in ((self.words, words), (self.characters, characters), (self.sentences, sentences)): counts.update(values.tolist())
+    self.counts += np.bincount(ids, minlength=len(self.counts))
+    self.file.write(ids.astype(np.uint32).tobytes())
+    self.lengths.append(words.astype(np.uint32)); self.hashes.append(_fingerprints(ids, words))
+    self.captions += len(captions)
+    self.growth.append((self.growth[-1][0] + len(ids), int(np.count_nonzero(self.counts))))
+    return {"words": words, "characters": characters, "sentences": sentences, **flags}
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-054
+def _offsets(self: Corpus):
+    "Where each caption's words begin in the file; one more than there are captions."
+    import numpy as np
+    return np.concatenate([np.zeros(1, np.int64), *[part.astype(np.int64) for part in self.lengths]]).cumsum()
+
+def _slices(self: Corpus, captions: int = 20_000) -> Iterator[tuple]:
+    "The words of some captions at a time, with the number of the caption that each is in."
+    import numpy as np
+    offsets = _offsets(self)
+    self.file.flush()
+    for first in range(0, self.captions, captions):
+        cuts = offsets[first:first + captions + 1]
+        yield _words_at(self, cuts[0], cuts[-1]), np.repeat(np.arange(first, first + len(cuts) - 1), np.diff(cuts))
+
+def _words_at(self: Corpus, start: int, end: int):
+    import numpy as np, os
+    return np.frombuffer(os.pread(self.file.fileno(), 4 * int(end - start), 4 * int(start)), np.uint32)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-055
+@patch
+def draw(self: Corpus, tokens: int, seed: int = 0):
+    "About `tokens` words (all, if there are fewer) of captions drawn by chance, laid end to end, with the number of the draw each belongs to."
+    import numpy as np
+    offsets, order = _offsets(self), np.random.default_rng(seed).permutation(self.captions)
+    self.file.flush()
+    if not len(order): return np.zeros(0, np.uint32), np.zeros(0, int)
+    lengths = np.diff(offsets)[order]
+    order = order[:np.searchsorted(lengths.cumsum(), tokens) + 1]
+    parts = [_words_at(self, offsets[i], offsets[i + 1]) for i in order]
+    return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-057
+MEASURES = {"distinct_1": "different words per word", "distinct_2": "different pairs of words per pair", "distinct_3": "different runs of three per run",
+            "mattr": "different words in windows of 50", "mtld": "words until the ratio falls to 0.72", "hdd": "different words in 42 drawn",
+            "compression": "size over packed size (higher: more repetitive)", "self_repetition": "runs of four words said twice or more (higher: more repetitive)"}
+
+def _measure(name: str, ids, rows, vocabulary: list[str]) -> float:
+    "One measure of one block of words."
+    if name == "mattr": return mattr(ids.tolist(), 50)
+    if name == "mtld": return mtld(ids.tolist())
+    if name == "hdd": return hdd(ids.tolist())
+    if name == "self_repetition": return self_repetition(gram_keys(ids, 4)[inside_one(rows, 4)].tolist()) if len(ids) > 3 else 0.0
+    breaks = [" " if same else "\n" for same in (rows[1:] == rows[:-1]).tolist()] + ["\n"]
+    return compression("".join(vocabulary[i] + end for i, end in zip(ids.tolist(), breaks)))
+
+def _distinct(ids, rows, n: int, budget: int, most: int) -> list[float]:
+    "Different runs of `n` words per run in each full block of `budget` runs."
+    import numpy as np
+    keys = gram_keys(ids, n)[inside_one(rows, n)] if len(ids) >= n else ids[:0]
+    return [len(np.unique(keys[i:i + budget])) / budget for i in range(0, min(len(keys) - budget, (most - 1) * budget) + 1, budget)]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-058
+@patch
+def blocks(
+    self: Corpus,
+    budget: int,  # tokens a block
+    measures: Iterable[str] = tuple(MEASURES),
+    seed: int = 0,
+    most: int = 400,  # blocks at the most: more would cost time and hardly narrow the interval
+) -> dict[str, list[float]]:
+    "Each measure's figure in every full block of captions in random order; what is left over is dropped."
+    ids, rows = self.draw(int(1.3 * most * budget) + budget, seed)
+    cuts = range(0, min(len(ids) - budget, (most - 1) * budget) + 1, budget)
+    return {name: _distinct(ids, rows, int(name[-1]), budget, most) if name.startswith("distinct_") else
+            [_measure(name, ids[i:i + budget], rows[i:i + budget], self.vocabulary.words) for i in cuts] for name in measures}
+
+@patch
+def diverse(self: Corpus, budget: int, measures: Iterable[str] = tuple(MEASURES), seed: int = 0, most: int = 400) -> dict[str, Diversity | None]:
+    "Size-fair diversity by each measure; None if there are not two full blocks. Windows of 50 want blocks of 100 words."
+    fit = [name for name in measures if budget >= 100 or name.startswith("distinct_")] if budget else []
+    found = self.blocks(budget, fit, seed, most) if budget else {}
+    return {name: Diversity(*bootstrap_mean(v, seed=seed), budget, len(v)) if len(v := found.get(name, [])) > 1 else None for name in measures}
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-059
+def corpus_of(captions: Iterable[str], batch: int = 1000) -> Corpus:
+    "A corpus of captions that are at hand."
+    corpus, captions = Corpus(), iter(captions)
+    while some := list(islice(captions, batch)): corpus.add(some)
+    return corpus
+
 def diversity(
     captions: list[str],
     budget: int,  # tokens a block; compare only what has the same
@@ -109,44 +378,170 @@ def diversity(
     seed: int = 0,
 ) -> Diversity | None:
     "Size-fair diversity; None if there are not two full blocks."
-    ratios = [ttr(block) for block in blocks_of(captions, budget, n, seed)]
-    return Diversity(*bootstrap_mean(ratios), budget, len(ratios)) if len(ratios) > 1 else None
+    return corpus_of(captions).diverse(budget, [f"distinct_{n}"], seed, most=2000)[f"distinct_{n}"]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-027
 def common_budget(*corpora: list[str], blocks: int = 20, most: int = 1000) -> int:
     "The largest budget, up to `most`, at which each corpus fills at least `blocks` blocks of words (0 if one has none)."
     return min([most, *(sum(len(words(c)) for c in corpus) // blocks for corpus in corpora)])
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-032
-MIN_WORDS, MIN_CHARACTERS = 6, 20
+# %% ../nbs/03_lexical.ipynb #03-lexical-064
+@patch
+def saturation(self: Corpus, points: int = 30) -> list[tuple[int, float]]:
+    "Tokens and the different words to be expected among so many, at points evenly spaced on a logarithmic scale."
+    import numpy as np
+    counts = self.counts[self.counts > 0]
+    if not len(counts): return []
+    grid = np.unique(np.geomspace(min(10, counts.sum()), counts.sum(), points).astype(np.int64))
+    times = Counter(counts.tolist())
+    return [(int(n), expected_types(times, int(n))) for n in grid]
 
-def too_short(caption: str, min_words: int = MIN_WORDS, min_characters: int = MIN_CHARACTERS) -> bool:
-    "Whether a caption has too few words or characters."
-    return len(words(caption)) < min_words or len(caption) < min_characters
+def power_law(x, y) -> dict | None:
+    "Factor and exponent of y = factor * x^exponent by least squares on logarithms, with the share of variance explained."
+    import numpy as np
+    if len(x) < 3: return None
+    x, y = np.log(x), np.log(y)
+    slope, start = np.polyfit(x, y, 1)
+    left, spread = ((y - start - slope * x)**2).sum(), ((y - y.mean())**2).sum()
+    return {"factor": float(np.exp(start)), "exponent": float(slope), "r2": float(1 - left / spread) if spread > 0 else None}
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-033
-BOILERPLATE = ("stock photo", "stock image", "stock illustration", "royalty free", "royalty-free", "clip art", "clipart", "free vector",
-    "vector illustration", "download", "click here", "shutterstock", "getty images", "istock", "alamy", "wallpaper for", "all rights reserved",
-    "copyright", "for sale", "free shipping", "buy now", "image may contain", "untitled", "no description", "www", "http", "https")
-_boilerplate = re.compile(rf"\b(?:{'|'.join(map(re.escape, BOILERPLATE))})s?\b|©", re.I)
+# %% ../nbs/03_lexical.ipynb #03-lexical-068
+@patch
+def top_grams(self: Corpus, n: int, top: int = 30, room: int = 4_000_000) -> dict:
+    "The number of runs of `n` words (2 or 3), how many of them are different, and the most frequent."
+    import numpy as np
+    parts, total, distinct, best = max(1, -(-int(self.counts.sum()) // room)), 0, 0, Counter()
+    for part in range(parts):
+        keys = np.concatenate([np.zeros(0, np.uint64), *[k[_spread(k) % np.uint64(parts) == part] for k in _gram_codes(self, n)]])
+        keys, times = np.unique(keys, return_counts=True)
+        total, distinct = total + int(times.sum()), distinct + len(keys)
+        for i in np.argsort(-times, kind="stable")[:top]: best[int(keys[i])] = int(times[i])
+    spelled = lambda key: " ".join(self.vocabulary.words[key >> 21 * k & 0x1fffff] for k in range(n - 1, -1, -1))
+    return {"runs": total, "different": distinct, "most_frequent": [(spelled(key), times) for key, times in best.most_common(top)]}
 
-def boilerplate(caption: str) -> str:
-    "The first stock phrase in a caption, in lower case, or an empty string."
-    found = _boilerplate.search(caption)
-    return found[0].lower() if found else ""
+def _spread(keys):
+    import numpy as np
+    return keys * np.uint64(_mix) >> np.uint64(40)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-036
+def _gram_codes(self: Corpus, n: int):
+    "Runs of `n` words as numbers with 21 bits a word (two million words; beyond them a run is left out)."
+    import numpy as np
+    for ids, rows in _slices(self):
+        if len(ids) < n: continue
+        ids, keys = ids.astype(np.uint64), np.zeros(len(ids) - n + 1, np.uint64)
+        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(ids) - n + 1 + k]
+        yield keys[inside_one(rows, n)]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-071
+def minhash_key(ids, lengths, band: int):
+    "One key of 64 bits for each caption, equal for captions whose word sets agree under four hash functions of this band."
+    import numpy as np
+    starts, keys, full = np.cumsum(lengths) - lengths, np.zeros(len(lengths), np.uint64), lengths > 0
+    x = np.arange(1, int(ids.max(initial=0)) + 2, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)   # of each word, not each time it is said
+    for k in range(4 * band, 4 * band + 4):
+        h = (x ^ x >> np.uint64(31) ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
+        least = np.zeros(len(lengths), np.uint64)
+        if full.any(): least[full] = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32)[ids], starts[full])
+        keys = (keys ^ least) * np.uint64(0x165667B19E3779F9)
+    return keys
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-072
+def _band_keys(self: Corpus, band: int):
+    "The key of every caption in one band."
+    import numpy as np
+    offsets, keys = _offsets(self), []
+    for first, (ids, _) in enumerate(_slices(self)): keys.append(minhash_key(ids, np.diff(offsets[20_000 * first:20_000 * (first + 1) + 1]), band))
+    return np.concatenate([np.zeros(0, np.uint64), *keys])
+
+def _cells(corpus: Corpus, rows, offsets):
+    "The word set of each of the captions `rows`, as (place in `rows`, word) packed in one number."
+    import numpy as np
+    lengths = offsets[rows + 1] - offsets[rows]
+    at = np.arange(lengths.sum()) + np.repeat(offsets[rows] - lengths.cumsum() + lengths, lengths)
+    words = np.memmap(corpus.file, np.uint32, "r")[at]   # pages of the file, which the system takes back when it needs them
+    return np.unique(np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words)
+
+def overlaps(a: Corpus, b: Corpus, pairs):
+    "The Jaccard overlap of word sets for pairs (a row of `a`, a row of `b`); both must count words by one vocabulary."
+    import numpy as np
+    if not len(pairs): return np.zeros(0)
+    x, y = _cells(a, pairs[:, 0], _offsets(a)), _cells(b, pairs[:, 1], _offsets(b))
+    count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(pairs))
+    both = count(np.intersect1d(x, y, assume_unique=True))
+    return both / np.maximum(count(x) + count(y) - both, 1)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-073
+def neighbours(keys, groups):
+    "Pairs of rows with one key and of different groups so far: each row with the one before it and with the first, in the order of keys."
+    import numpy as np
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
+    first = np.arange(len(keys))
+    first[same] = 0
+    first = np.maximum.accumulate(first)[same]
+    pairs = np.concatenate([np.stack([order[same - 1], order[same]], 1), np.stack([order[first], order[same]], 1)])
+    return np.unique(np.sort(pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]], 1), axis=0)
+
+def join(groups, pairs):
+    "Groups, each named by its lowest row, after joining those of each pair."
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    ends, n = groups[pairs], len(groups)
+    whole = connected_components(coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (n, n)), directed=False)[1][groups]
+    _, first, place = np.unique(whole, return_index=True, return_inverse=True)
+    return first[place]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-075
+@patch
+def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8, batch: int = 20_000):
+    "For each caption the first row of its group; a group is linked by overlaps of at least `overlap`. Captions without words stay alone."
+    import numpy as np
+    hashes, lengths = (np.concatenate([np.zeros(0, np.uint64), *parts]) for parts in (self.hashes, self.lengths))
+    _, first, place = np.unique(hashes, return_index=True, return_inverse=True)   # the same words are one group from the start
+    groups = np.where(lengths > 0, first[place], np.arange(len(hashes))) if len(hashes) else np.zeros(0, int)
+    lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0))
+    for band in range(bands if len(lone) > 1 else 0):
+        pairs = lone[neighbours(_band_keys(self, band)[lone], groups[lone])]
+        for part in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
+            part = part[groups[part[:, 0]] != groups[part[:, 1]]]
+            groups = join(groups, part[overlaps(self, self, part) >= overlap])
+    return groups
+
+def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> list[tuple[int, int, float]]:
+    "Captions of a held-out set with a near-duplicate in training: (its row, a training row, their overlap), the closest one each."
+    import numpy as np
+    best = {}
+    for band in range(bands if held.captions and train.captions else 0):
+        keys, order = _band_keys(train, band), None
+        order = np.argsort(keys, kind="stable")
+        asked = _band_keys(held, band)
+        at = np.minimum(np.searchsorted(keys[order], asked), len(keys) - 1)
+        hit = np.flatnonzero((keys[order][at] == asked) & (np.concatenate(held.lengths) > 0))
+        pairs = np.stack([hit, order[at[hit]]], 1)
+        for (row, other), x in zip(pairs.tolist(), overlaps(held, train, pairs).tolist()):
+            if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x
+    return [(row, *found) for row, found in sorted(best.items())]
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-078
+def describe_corpus(
+    corpus: Corpus,
+    budget: int | None = None,  # words a block for the diversity; the largest that gives 20 blocks if not given (1,000 at most)
+    seed: int = 0,
+) -> dict:
+    "The statistics of a corpus: lengths, type/token ratio, size-fair diversity, shares of flags."
+    import numpy as np
+    tokens, n = int(corpus.counts.sum()), max(corpus.captions, 1)
+    types, budget = int(np.count_nonzero(corpus.counts)), min(1000, tokens // 20) if budget is None else budget
+    hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
+    return {"captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
+            "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
+            "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed).items()},
+            "unique_captions": len(np.unique(hashes)) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
+
 def describe(
     captions: list[str],
     budget: int | None = None,  # words a block for the diversity; the largest common one if not given
     seed: int = 0,
 ) -> dict:
-    "The statistics of a set of captions: lengths, type/token ratio, size-fair diversity, too short, boilerplate."
-    tokens, budget = [words(caption) for caption in captions], common_budget(captions) if budget is None else budget
-    flat = [word for caption in tokens for word in caption]
-    n = max(len(captions), 1)
-    return {"captions": len(captions), "words": length_stats([len(t) for t in tokens]), "characters": length_stats([len(c) for c in captions]),
-            "tokens": len(flat), "types": len(set(flat)), "type_token_ratio": ttr(flat), "mattr_100": mattr(flat),
-            "diversity": {f"distinct_{k}": vars(d) if (d := budget and diversity(captions, budget, k, seed)) else None for k in (1, 2)},
-            "unique_captions": len(set(captions)) / n, "too_short": sum(map(too_short, captions)) / n,
-            "boilerplate": sum(map(bool, map(boilerplate, captions))) / n}
+    "The statistics of captions that are at hand; see `describe_corpus`."
+    return describe_corpus(corpus_of(captions), budget, seed)

@@ -1,15 +1,20 @@
 "The data gate: every trap is found, no good row is lost, and rows in = accepted + rejected."
+import gzip
 import io
 import json
 import os
 import random
+import tarfile
+from base64 import b64encode
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
 from blip2mgm.core import UserError
-from blip2mgm.data import (caption_of, count_images, decode, gate, iter_gate, open_picture, read_dj, read_llava, save_gate, strict_pillow,
-                           text_of, write_dj)
+from blip2mgm.data import (caption_of, count_images, decode, gate, header, iter_gate, iter_json, iter_rows, open_picture, read_dj, read_llava, save_gate,
+                           strict_pillow, text_of, write_dj, write_llava, write_parquet)
 
 
 def picture(format="JPEG", size=(40, 30), mode="RGB", **kw):
@@ -69,6 +74,12 @@ def root(tmp_path_factory):
     return root
 
 
+LAB = io.BytesIO()
+Image.new("LAB", (8, 8), (200, 128, 128)).save(LAB, "TIFF")
+GOOD |= {"lab.tiff": LAB.getvalue(), "deep.tiff": picture("TIFF", mode="I;16"), "fractions.tiff": picture("TIFF", mode="F"), "cmyk.tiff": picture("TIFF", mode="CMYK"),
+         "clear.gif": picture("GIF", mode="P", transparency=0), "clear.png": picture("PNG", mode="P", transparency=b"\x00\x80"), "clear.webp": picture("WEBP", mode="RGBA")}
+
+
 def row(id, *images, **kw):
     return {"id": id, "text": text_of("a bus", len(images)), "images": list(images), **kw}
 
@@ -93,7 +104,11 @@ def test_good_pictures_pass(root, name):
     ("device.jpg", "outside"), ("a/../../secret.jpg", "outside"), ("../" * 60 + "etc/passwd", "outside"),
     ("loop.jpg", "unreadable"), ("a\0.jpg", "unreadable"), ("x" * 5000, "unreadable"),
     ("", "blank image path"), ("  ", "blank image path"), (None, "not a string"), (3, "not a string"), (["good.jpg"], "not a string"),
-    ({"path": "good.jpg"}, "not a string"), (b"good.jpg", "not a string"), ("\udcff.jpg", "cannot be written"),
+    ({"path": "gone.jpg", "bytes": None}, "missing file"), ({"path": None, "bytes": None}, "not a string"), ({"href": "good.jpg"}, "not a string"),
+    (b"good.jpg", "not an image"), (b"", "empty file"), (picture()[:300], "truncated"), (b64encode(picture()[:300]).decode(), "truncated"),
+    ("data:image/jpeg;base64,!!!", "bad base64"), ("data:image/jpeg;base64," + b64encode(b"<html>").decode(), "not an image"), ("data:", "empty file"),
+    ("good.jpg?size=3", "missing file"), ("good.jpg\n", "missing file"), ("..", "outside"), ("/", "outside"), ("folder.jpg/", "not a file"), ("good.jpg/", "missing file"), ("good.jpg/.", "missing file"), ("good.jpg/../good.png", "missing file"),
+    ("\udcff.jpg", "missing file"),
 ])
 def test_bad_pictures_are_refused(root, name, expected):
     assert expected in reason(row("a", name), root)
@@ -232,3 +247,85 @@ def test_every_cut_of_a_jpeg_is_found():
     with strict_pillow():
         for at in range(40, len(data) - 1):
             with pytest.raises(Exception, match="truncated"): decode(data[:at])
+
+
+# formats
+
+TSV = "a red bus\tgood.jpg\nonly one cell\n\ta.jpg\n"
+
+
+def packed(path, data):
+    "Writes bytes as they are, as .gz or as .zst, by the ending of the path"
+    if path.suffix == ".zst":
+        with pa.output_stream(str(path), compression="zstd") as f: f.write(data)
+    else: path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def tar_of(path, **files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
+def test_packed_files(root, tmp_path, end):
+    rows = [row(i, "good.jpg") for i in range(300)]
+    path = packed(tmp_path / f"rows.jsonl{end}", b"\n".join(json.dumps(r).encode() for r in rows))
+    assert gate(path, root).accepted == rows
+    talk = [{"id": i, "image": "good.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]} for i in range(300)]
+    assert list(iter_json(packed(tmp_path / f"talk.json{end}", json.dumps(talk).encode()))) == talk
+    if end:
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(UserError, match="cut short"): list(iter_rows(path))
+
+
+def test_tables(root, tmp_path):
+    (tmp_path / "cc3m.tsv").write_text(TSV)
+    result = gate(tmp_path / "cc3m.tsv", root)
+    assert [(r["id"], caption_of(r["text"]), r["images"]) for r in result.accepted] == [("row0000001", "a red bus", ["good.jpg"])]
+    assert result.counts() == {"bad table row": 1, "blank text": 1} and result.rejected[0]["raw"].strip() == "only one cell"
+    (tmp_path / "named.tsv").write_text("filepath\ttitle\ngood.png\ta bus\n")
+    assert gate(tmp_path / "named.tsv", root).accepted[0]["images"] == ["good.png"]
+
+
+def test_pictures_inside_rows(root, tmp_path):
+    data = picture()
+    pq.write_table(pa.Table.from_pylist([{"caption": f"bus {i}", "image": {"bytes": data[:size], "path": "x.jpg"}} for i, size in enumerate((None, 400))]), tmp_path / "s.parquet")
+    result = gate(tmp_path / "s.parquet", root)
+    assert len(result.accepted) == 1 and "truncated" in result.rejected[0]["reason"] and list(result.pictures.values())[0][:2] == (40, 30)
+    accepted, rejected = save_gate(result, tmp_path / "gate")
+    assert gate(accepted, root).counts() == {} and gate(rejected, root).counts() == {"truncated or damaged image": 1}, "bytes survive being written"
+    tar_of(tmp_path / "s.tar", **{"a.jpg": data, "a.txt": b"a bus", "b.txt": b"no picture", "c.json": b"{", "d.jpg": data, "d.json": b'{"caption": "a sign", "score": 1}'})
+    result = gate(tmp_path / "s.tar", root)
+    assert [(r["id"], caption_of(r["text"])) for r in result.accepted] == [("a", "a bus"), ("d", "a sign")] and result.accepted[1]["score"] == 1
+    assert result.counts() == {"no image": 1, "bad JSON": 1}
+    assert gate([row("a", b64encode(data).decode())], root).accepted
+
+
+@pytest.mark.parametrize("name, data, expected", [
+    ("a.csv", b"x", "in no format"), ("a.parquet", b"PAR1 no", "not a whole Parquet"), ("a.tar", b"no tar" * 200, "not a whole tar"),
+    ("a.json", b'[{"id": 1},\n{"id": ]', "line 2"), ("a.json", b"\xff\xfe", "not UTF-8"), ("a.json", b'{"a": [1]}', "a list of rows"), ("a.jsonl.gz", b"no gz", "cut short"),
+    ("a.jsonl.zst", b"no zst", "cut short"),
+])
+def test_broken_files_are_one_message(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=expected): list(iter_rows(tmp_path / name))
+
+
+def test_shards_of_a_folder(root, tmp_path):
+    for k in range(3): write_dj(tmp_path / f"part{k}.jsonl", [row(f"{k}{i}", "good.jpg") for i in range(3)])
+    assert len(gate(tmp_path, root).accepted) == 9
+    write_parquet(tmp_path / "out" / "a.parquet", gate(tmp_path, root).accepted)
+    assert gate(tmp_path / "out", root).accepted == gate(tmp_path, root).accepted
+    talk = [{"id": "00", "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "old"}]}]
+    back = read_llava(write_llava(tmp_path / "talk.json", gate(tmp_path, root).accepted, talk))
+    assert len(back) == 9 and back[0]["conversations"][0]["value"] == "<image>\nWhat?" and back[0]["conversations"][1]["value"] == "a bus"
+
+
+def test_header_says_what_the_whole_file_says():
+    with strict_pillow():
+        for name, data in GOOD.items(): assert header(data)[:5] == decode(data)[:5], name

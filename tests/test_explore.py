@@ -1,53 +1,177 @@
-"The exploration: its numbers, and that odd rows and captions do not stop it."
+"The exploration: its numbers, one pass in bounded memory, resuming, sampling, near-duplicates, leakage; odd rows and captions do not stop it."
 import io
 import json
+import random
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2mgm.core import ConfigError
-from blip2mgm.data import Picture, gate, text_of
-from blip2mgm.explore import ExploreConfig, analyse, completeness, conclusion, image_stats, measures, plot_images, plot_lengths, plot_words, sample_gallery
+from blip2mgm import explore as module
+from blip2mgm.cli import main
+from blip2mgm.core import ConfigError, UserError
+from blip2mgm.data import Picture, gate, text_of, write_dj
+from blip2mgm.explore import (ExploreConfig, Pictures, Seen, alike, analyse, close_pairs, conclusion, count_rows, diversity_table, explore, fingerprint, image_stats,
+                              leakage, measure, measures, plot_alike, plot_flags, plot_gallery, plot_images, plot_lengths, plot_saturation, plot_words, preview)
+from blip2mgm.lexical import corpus_of
+from blip2mgm.tasks import Question
+
+CAPTIONS = ["stock photo", "a red bus on the road to the $2 sign_x^2", "a <b>bold</b> caption with { braces } and $ signs"]
 
 
 @pytest.fixture
-def gated(tmp_path):
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
     for i, size in enumerate([(402, 370), (200, 300), (600, 600)]):
-        Image.effect_noise(size, 30).save(tmp_path / f"{i}.jpg")
-    captions = ["stock photo", "a red bus on the road to the $2 sign_x^2", "a <b>bold</b> caption with { braces } and $ signs"]
-    rows = [{"id": i, "text": text_of(c), "images": [f"{i}.jpg"]} for i, c in enumerate(captions)]
-    return gate([*rows, {"id": 9, "text": None, "images": ["0.jpg"]}, "no row"], tmp_path), tmp_path
+        coarse = Image.fromarray(rng.integers(0, 255, (8, 8), "uint8"))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg")
+    Image.open(tmp_path / "0.jpg").resize((300, 280)).save(tmp_path / "0again.jpg", quality=60)
+    rows = [{"id": i, "text": text_of(c), "images": [f"{i}.jpg"]} for i, c in enumerate(CAPTIONS)]
+    write_dj(tmp_path / "captions.jsonl", [*rows, {"id": 9, "text": None, "images": ["0.jpg"]}, "no row", rows[1], {"id": 5, "text": text_of("a red bus on the road to the $2 sign_x^2!"), "images": ["0again.jpg"]}])
+    return tmp_path
 
 
-def test_numbers(gated):
-    a = analyse(gated[0])
-    assert a["rows"] == {"in": 5, "accepted": 3, "rejected": 2} and a["rejected_by"] == {"null text": 1, "not a row": 1}
-    assert a["complete"] == {"id": 1, "text": 0.75, "images": 1}
-    assert a["captions"]["too_short"] == pytest.approx(1 / 3) and a["phrases"] == [("stock photo", 1)]
-    assert a["images"]["sizes"] == pytest.approx({"medium": 1 / 3, "small": 1 / 3, "large": 1 / 3})
+def test_numbers(folder):
+    found = explore(folder / "captions.jsonl", folder, folder=folder / "out")
+    a = analyse(found)
+    assert a["rows"] == {"in": 7, "accepted": 4, "rejected": 3} and a["rejected_by"] == {"null text": 1, "not a row": 1, "duplicate id": 1}
+    assert a["complete"] == {"id": 1, "text": pytest.approx(5 / 6), "images": 1}
+    assert a["captions"]["too_short"] == a["captions"]["boilerplate"] == 1 / 4 and a["phrases"] == [("stock photo", 1)]
+    assert a["images"]["sizes"] == pytest.approx({"medium": 1 / 2, "small": 1 / 4, "large": 1 / 4}) and a["images"]["width"]["min"] == 200
+    assert a["similar_pictures"]["alike"] == 2 and a["similar_captions"]["alike"] == 2
     json.dumps(a, allow_nan=False)
     text = " ".join(conclusion(a))
-    assert "3 are sound" in text and "2 were refused" in text and len(measures(a)) > 10
+    assert "4 are sound" in text and "3 were refused" in text and len(measures(a)) > 20 and len(diversity_table(a)) == 9
+    rows = pq.read_table(folder / "out" / "rows.parquet").to_pylist()
+    assert [r["status"] for r in rows] == ["accepted"] * 3 + ["rejected"] * 3 + ["accepted"] and rows[1]["words"] == 12 and rows[2]["size"] == "large"
+    rejected = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").open()]
+    assert [r["reason"] for r in rejected] == ["null text", "not a row: str 'no row'", "duplicate id: '1'"] and rejected[2]["images"] == ["1.jpg"]
+    assert not list((folder / "out").glob(".batches*"))
 
 
-def test_charts_take_any_text(gated):
-    result, root = gated
-    texts = [row["text"] for row in result.accepted] + ["$\\frac$ broken formula", ""]
-    for fig in (plot_lengths(texts), plot_words(texts), plot_images(list(result.pictures.values())), sample_gallery(result.accepted, root, 12),
-                plot_lengths(["a bus"] * 50 + ["word " * 900])):
+def test_a_gates_result_gives_the_same(folder):
+    a, b = analyse(explore(folder / "captions.jsonl", folder, depth="shape")), analyse(gate(folder / "captions.jsonl", folder))
+    for key in ("rows", "rejected_by", "complete", "captions", "most_frequent"): assert a[key] == b[key], key
+    assert a["images"]["width"] == b["images"]["width"]
+
+
+def large(folder, n=4500):
+    rng = random.Random(1)
+    text = lambda: " ".join(rng.choices("red blue bus sign road tree on the by near".split(), k=rng.randint(3, 12)))
+    rows = [{"id": f"r{i}", "text": text_of(text()), "images": [f"{i % 3}.jpg"]} for i in range(n)]
+    rows[1234]["text"], rows[4000]["id"] = None, "r7"
+    return write_dj(folder / "large.jsonl", rows)
+
+
+def plain(a): return json.loads(json.dumps(a))
+
+
+def test_processes_threads_and_resuming_give_the_same(folder, monkeypatch):
+    source = large(folder)
+    one = explore(source, folder, workers=1, folder=folder / "one")
+    assert (one.rows, one.accepted) == (4500, 4498)
+    seen, work = [], module.look_at_rows
+    def stops(*args):
+        seen.append(1)
+        if len(seen) == 4: raise KeyboardInterrupt
+        return work(*args)
+    monkeypatch.setattr(module, "look_at_rows", stops)
+    with pytest.raises(KeyboardInterrupt): explore(source, folder, workers=1, folder=folder / "two")
+    assert not (folder / "two" / "rows.parquet").exists() and len(list((folder / "two").glob(".batches-*/*.json"))) == 3
+    two = explore(source, folder, workers=1, folder=folder / "two")
+    assert len(seen) == 6, "three of five batches were not looked at again"
+    monkeypatch.undo()
+    three = explore(source, folder, workers=2)
+    assert plain(analyse(one)) == plain(analyse(two)) == plain(analyse(three))
+    for name in ("rows.parquet", "rejected.jsonl"): assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
+
+
+def test_sample(folder):
+    source = large(folder)
+    a, b, c = (explore(source, folder, "text", sample=500, seed=s) for s in (0, 0, 1))
+    assert (a.rows, a.of) == (500, 4500) and analyse(a) == analyse(b) != analyse(c)
+    whole, shown = analyse(explore(source, folder, "text")), measures(analyse(a))
+    assert any("[" in r["value"] for r in shown) and not any("[" in r["value"] for r in measures(whole))
+    low, high = module.share_interval(analyse(a)["captions"]["too_short"], 500, 4500)
+    assert low < whole["captions"]["too_short"] < high and count_rows(source) == 4500
+
+
+def test_charts_take_any_text(folder):
+    found = explore(folder / "captions.jsonl", folder)
+    a, odd = analyse(found), corpus_of(["$\\frac$ broken formula", "", "a bus", "word " * 900])
+    for fig in (plot_lengths(odd), plot_words(odd), plot_images(found.pictures), plot_gallery(found), plot_flags(a), plot_saturation({"a": a["saturation"], "b": []}),
+                plot_alike(folder / "captions.jsonl", folder, a["similar_pictures"]["pairs"])):
         fig.savefig(io.BytesIO(), format="png")
 
 
 def test_nothing_to_measure():
     empty = analyse(gate([], "."))
     assert conclusion(empty)[1] == "There is nothing to measure." and measures(empty)
-    for fig in (plot_lengths([]), plot_words([]), plot_images([]), sample_gallery([], ".")): fig.savefig(io.BytesIO(), format="png")
+    for fig in (plot_lengths(corpus_of([])), plot_words(corpus_of([])), plot_images(Pictures()), plot_flags(empty), plot_saturation({"a": []})): fig.savefig(io.BytesIO(), format="png")
 
 
 def test_size_classes():
     stats = image_stats([Picture(224, 5000, "PNG", "P", 1), Picture(223, 5000, "PNG", "P", 1), Picture(1024, 2000, "JPEG", "RGB", 1)])
-    assert set(stats["sizes"]) == {"small", "medium", "very large"} and completeness([]) == {"id": 0, "text": 0, "images": 0}
+    assert set(stats["sizes"]) == {"small", "medium", "very large"}
 
 
-def test_config():
-    with pytest.raises(ConfigError): ExploreConfig(top=0)
+def test_fingerprints_are_those_of_the_imagehash_library():
+    known = ["840877ae5167fa8d", "d4012b7e795629d6", "8080007f2a7eff7d", "aa2aaa007f87557e", "8f80fd802a7faa55", "84ee80aa8055ff7d"]   # ImageHash 4.3.2, Pillow 13
+    pictures = [Image.fromarray((np.add.outer(np.arange(97) * (k + 1) % 251, np.arange(131) * (2 * k + 3) % 197) % 256).astype("uint8")) for k in range(6)]
+    far = [(fingerprint(p) ^ int(h, 16)).bit_count() for p, h in zip(pictures, known)]
+    assert sum(far) <= 2 and measure(pictures[0])[2] == fingerprint(pictures[0])
+
+
+@pytest.mark.parametrize("near", [0, 2, 4, 8])
+def test_close_pairs_are_all_pairs(near):
+    rng = np.random.default_rng(near)
+    hashes = rng.integers(0, 2**64, 300, np.uint64)
+    for i in range(100): hashes[200 + i] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in rng.choice(64, i % 12, replace=False)))
+    brute = {(i, int(j)) for i in range(300) for j in np.flatnonzero(np.bitwise_count(hashes[i] ^ hashes[i + 1:]) <= near) + i + 1}
+    assert {tuple(p) for p in close_pairs(hashes, near)[0].tolist()} == brute
+
+
+def test_alike_counts_files_and_not_rows():
+    pictures = Pictures()
+    same = Picture(9, 9, "PNG", "L", 9, 1.0, 1.0, 7)
+    pictures.add([(0, "a", same), (1, "a", same), (2, "b", same._replace(hash=2**63 + 2**40)), (3, "c", same._replace(hash=6))])
+    assert {k: alike(pictures)[k] for k in ("files", "alike", "groups")} == {"files": 3, "alike": 3, "groups": 1}
+    assert alike(pictures, 1)["alike"] == 2 and alike(Pictures())["files"] == 0
+
+
+def test_leakage(folder):
+    found = explore(folder / "captions.jsonl", folder)
+    ask = lambda i, image, text: Question(i, str(i), image, text, text, "other", ("x",), {"x": ""})
+    buffer = io.BytesIO()
+    Image.open(folder / "2.jpg").resize((500, 480)).save(buffer, "JPEG")
+    Image.effect_noise((90, 90), 90).save(folder / "fresh.png")
+    seen = leakage(found, [ask(1, buffer.getvalue(), CAPTIONS[1]), ask(2, folder / "fresh.png", "what is it?"), ask(3, b"broken", "what is it?")])
+    assert (seen["pictures"], seen["pictures_seen"], seen["questions"], seen["questions_seen"]) == (2, 1, 2, 1)
+    assert seen["examples"][0]["row"] == 2 and seen["texts"][0]["row"] in (1, 6)
+
+
+def test_ids_seen_before():
+    seen, rng, before = Seen(), random.Random(0), set()
+    for _ in range(60):
+        ids = [str(rng.randrange(3000)) for _ in range(rng.randrange(100))]
+        expected = []
+        for i in ids: expected.append(i in before); before.add(i)
+        assert seen.again(ids) == expected
+    assert len(seen.parts) < 8
+
+
+def test_preview(folder, capsys):
+    assert main(["explore", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "rows accepted" in said and "4 of 7" in said and "4 are sound" in said
+    assert main(["explore", str(folder / "captions.jsonl"), "--root", str(folder / "out"), "--depth", "text"]) == 2
+    assert "not a folder" in capsys.readouterr().err
+    (folder / "elsewhere").mkdir()
+    assert "--root" in preview(folder / "captions.jsonl", folder / "elsewhere", "shape")
+    with pytest.raises(UserError, match="not there"): preview(folder / "none")
+
+
+@pytest.mark.parametrize("bad", [{"top": 0}, {"depth": "deep"}, {"near": 9}, {"overlap": 0.1}, {"sample": -1}])
+def test_config(bad):
+    with pytest.raises(ConfigError): ExploreConfig(**bad)

@@ -14,8 +14,8 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
-LIBRARY = [p for p in NOTEBOOKS if p.name[0] in "089" and p.name[0].isdigit()]
-STAGES = [p for p in NOTEBOOKS if p.name[0] in "1234567"]
+LIBRARY = [p for p in NOTEBOOKS if p.name[0] in "08" and p.name[0].isdigit()]
+STAGES = [p for p in NOTEBOOKS if p.name[0] in "12345679"]
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
