@@ -856,6 +856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'blip2mgm.stats.Noise': ('stats.html#noise', 'blip2mgm/stats.py'),
                                 'blip2mgm.stats._as_text': ('stats.html#_as_text', 'blip2mgm/stats.py'),
                                 'blip2mgm.stats._checked': ('stats.html#_checked', 'blip2mgm/stats.py'),
+                                'blip2mgm.stats._found': ('stats.html#_found', 'blip2mgm/stats.py'),
                                 'blip2mgm.stats._one_line': ('stats.html#_one_line', 'blip2mgm/stats.py'),
                                 'blip2mgm.stats._verdict': ('stats.html#_verdict', 'blip2mgm/stats.py'),
                                 'blip2mgm.stats.basis': ('stats.html#basis', 'blip2mgm/stats.py'),

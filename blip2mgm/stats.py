@@ -5,6 +5,7 @@
 # %% ../nbs/08_stats.ipynb #08-stats-002
 from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Sequence
 import numpy as np
 
@@ -262,6 +263,12 @@ def planned_errors(
     df = (seed + extra)**2 / (seed**2 / max(seeds - 1, 1) + extra**2 / (pictures - 1)) if seed + extra else pictures - 1.
     return [(((seed + extra) / n)**.5, df), (FLOOR * ((rest + extra) / n)**.5, pictures - 1.)]
 
+@lru_cache
+def _found(df: float) -> np.ndarray:
+    "What an estimated standard error may come out as, of the true one, in a thousand equally likely parts."
+    from scipy.special import chdtri
+    return (chdtri(df, (np.arange(1000) + .5) / 1000) / df)**.5
+
 def power(
     difference: float,           # the true one, in the scores' unit
     noise: Noise,
@@ -270,11 +277,11 @@ def power(
     level: float = .95,
 ) -> float:
     "The chance that the verdict is better or worse when this is the true difference (no correction for several tests)."
-    from scipy.special import chdtri, ndtr, stdtrit
+    from scipy.special import ndtr, stdtrit
     (se, df), (floor, many) = planned_errors(noise, seeds, pictures)
     if seeds < 2 or not se: return float(seeds > 1 and difference != 0)
     t = max(stdtrit(df, .5 + level / 2), stdtrit(many, .5 + level / 2) * floor / se)
-    found = (chdtri(df, (np.arange(1000) + .5) / 1000) / df)**.5        # how far the standard error may come out, in a thousand equal parts
+    found = _found(df)
     return float((ndtr(difference / se - t * found) + ndtr(-difference / se - t * found)).mean())
 
 # %% ../nbs/08_stats.ipynb #08-stats-065
