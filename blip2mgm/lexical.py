@@ -458,7 +458,8 @@ def _cells(corpus: Corpus, rows, offsets):
     lengths = offsets[rows + 1] - offsets[rows]
     at = np.arange(lengths.sum()) + np.repeat(offsets[rows] - lengths.cumsum() + lengths, lengths)
     words = np.memmap(corpus.file, np.uint32, "r")[at]   # pages of the file, which the system takes back when it needs them
-    return np.unique(np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words)
+    cells = np.sort(np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words)
+    return cells[np.r_[True, cells[1:] != cells[:-1]]] if len(cells) else cells   # numpy's own `unique` takes ten times as long
 
 def overlaps(a: Corpus, b: Corpus, pairs):
     "The Jaccard overlap of word sets for pairs (a row of `a`, a row of `b`); both must count words by one vocabulary."
@@ -535,7 +536,7 @@ def describe_corpus(
     hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
     return {"captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
             "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
-            "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed).items()},
+            "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
             "unique_captions": len(np.unique(hashes)) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
 
 def describe(
