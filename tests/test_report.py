@@ -279,12 +279,12 @@ def test_page_is_self_contained_and_strangers_text_is_escaped(run, cfg, built, t
     cards, bits = gallery(out["shown"], questions, "raw", "blip2_filtered"), nbformat.v4
     assert "data:image/jpeg;base64," in cards.page and EVIL not in cards.page and "&lt;script&gt;" in cards.page
     shown = [bits.new_output("display_data", {"text/html": x._repr_html_(), "text/plain": repr(x)}) for x in (banner(out), cards)]
-    cells = [bits.new_markdown_cell("# Made of"), bits.new_code_cell("secret = 1", outputs=[bits.new_output("stream", text="not shown")]), bits.new_markdown_cell("# The report"),
+    cells = [bits.new_markdown_cell("# Made of"), bits.new_code_cell("secret = 1", outputs=[bits.new_output("stream", text="left behind")]), bits.new_markdown_cell("# The report"),
              bits.new_code_cell("banner(out)", outputs=shown), bits.new_markdown_cell("## Data"), bits.new_code_cell("x = 1")]
     nbformat.write(bits.new_notebook(cells=cells), tmp_path / "report.ipynb")
     page = page_of(tmp_path / "report.ipynb", "Title & more")
     assert not re.search(r"<(script|link|iframe|object)\b", page) and not re.search(r"""(src|href)=["']?(https?:)?//""", page) and "default-src 'none'" in page
-    assert "banner(out)" not in page and "secret" not in page and "not shown" not in page and 'href="#data">Data' in page and "Title &amp; more" in page
+    assert "banner(out)" not in page and "secret" not in page and "left behind" not in page and 'href="#data">Data' in page and "Title &amp; more" in page
     with pytest.raises(UserError, match="no cell with the heading"): page_of(_without_heading(tmp_path), "x")
 
 
