@@ -24,7 +24,7 @@ from PIL import Image
 from . import pictures as P
 from .core import Config, track, write_json
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-005
+# %% ../nbs/70_foundation.ipynb #70-foundation-006
 @dataclass
 class FoundationConfig(Config):
     "What the foundation models are trained with; steps are optimiser steps"
@@ -43,7 +43,7 @@ class FoundationConfig(Config):
     seed: int = 0               # of pictures, weights and order
     keep: bool = False          # replace the weights that are shipped
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-008
+# %% ../nbs/70_foundation.ipynb #70-foundation-009
 SIZE = 96   # pixels a side, for BLIP-2 and for MGM's high-resolution branch
 
 def _views(args):
@@ -65,7 +65,7 @@ def _draw_views(jobs, workers):
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(track(pool.map(_views, jobs, chunksize=100), "drawing pictures", len(jobs)))
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-009
+# %% ../nbs/70_foundation.ipynb #70-foundation-010
 class Pool:
     "Pictures of the foundation split: scenes, uint8 views [N, 96, 96, 3] and geometries [N, 2] by model"
     def __init__(self, folder: Path): 
@@ -85,7 +85,7 @@ def make_pool(folder: Path, n: int, seed: int, workers: int, novel: bool = False
         write_json(folder / "scenes.json", scenes)
     return Pool(folder)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-011
+# %% ../nbs/70_foundation.ipynb #70-foundation-012
 INKS = ("white", "yellow", "red", "green", "blue", "purple")
 FIELDS = dict(shape=7, color=9, size=3, sign=4, ink=7, word=17, tens=11, units=11, ground=4, texture=2, cell=10)
 ALWAYS = ("ground", "texture", "cell")   # fields that every position has
@@ -102,7 +102,7 @@ def scene_codes(scene: P.Scene) -> "np.ndarray":
     y[:, 8:] = list(P.GROUNDS).index(scene.ground), P.TEXTURES.index(scene.texture)
     return y
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-012
+# %% ../nbs/70_foundation.ipynb #70-foundation-013
 def dense_labels(
     codes: "torch.Tensor",      # [B, 9, 10] of `scene_codes`
     geometry: "torch.Tensor",   # [B, 2] share of width and height that the scene takes
@@ -136,7 +136,7 @@ def dense_accuracy(logits: "torch.Tensor", labels: "torch.Tensor") -> dict[str, 
     parts = zip(FIELDS, logits.split(list(FIELDS.values()), -1), labels.unbind(-1))
     return {k: (l.argmax(-1) == y)[(y > 0) | (k in ALWAYS)].float().mean().item() for k, l, y in parts}
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-015
+# %% ../nbs/70_foundation.ipynb #70-foundation-016
 def pixels(view: "np.ndarray", device: str) -> "torch.Tensor":
     "uint8 pictures [B, H, W, 3] as CLIP-normalised floats [B, 3, H, W]"
     import torch
@@ -150,7 +150,7 @@ def pick_device(name: str) -> str:
     import torch
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-016
+# %% ../nbs/70_foundation.ipynb #70-foundation-017
 def optimise(
     modules: list,           # whose trainable parameters are optimised
     step_loss,               # function of a numpy random generator, returns the loss of one batch
@@ -175,7 +175,7 @@ def optimise(
         if step % 20 == 0 or step == steps:
             with open(log, "a") as f: f.write(json.dumps(dict(step=step, loss=loss.item(), seconds=round(time.time() - t0, 1))) + "\n")
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-018
+# %% ../nbs/70_foundation.ipynb #70-foundation-019
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>")
 
 PHRASES = (P.SHORT, P.LETTER, P.CAPTION, "Reference OCR token:", "a picture of", "together with a", "on a", ", at the", "background: at the", "a small", "a large",
@@ -206,7 +206,7 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
                                    additional_special_tokens=list(SPECIAL[4:]), clean_up_tokenization_spaces=False)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-021
+# %% ../nbs/70_foundation.ipynb #70-foundation-022
 def convnext_config():
     "Four stages on 96 px: maps of 24, 12, 6 and 3 positions a side"
     from transformers import ConvNextConfig
@@ -223,7 +223,7 @@ def gemma_config(vocab: int):
     return GemmaConfig(vocab_size=vocab, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
                        max_position_embeddings=1024, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", initializer_range=.07, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-022
+# %% ../nbs/70_foundation.ipynb #70-foundation-023
 def _map(maps):
     "ConvNeXt's stage maps as mining reads them: [B, 24, 24, C]"
     from blip2mgm.mgm import enlarge
@@ -245,7 +245,7 @@ def _measure(features, head, pool, which, grid, device):
         got = [(head(features(x)).cpu(), y.cpu()) for x, y in (_dense_batch(pool, which, slice(i, i + 64), grid, device) for i in range(0, len(pool), 64))]
     return dense_accuracy(*(torch.cat(t) for t in zip(*got)))
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-023
+# %% ../nbs/70_foundation.ipynb #70-foundation-024
 def make_convnext(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict:
     "Trains ConvNeXt to say what is where; saves it to `out`; returns the accuracies on held-out pictures"
     from transformers import ConvNextModel
@@ -258,7 +258,7 @@ def make_convnext(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> d
     m.half().save_pretrained(out); m.float()
     return _measure(features, head, test, "mgm", 24, device)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-025
+# %% ../nbs/70_foundation.ipynb #70-foundation-026
 class TextTower:
     "CLIP's other half while it trains: a text encoder, two projections and a temperature; thrown away afterwards"
     def __init__(self, tok, width, device):
@@ -277,7 +277,7 @@ class TextTower:
         logits, y = self.scale.exp().clamp(max=100) * a @ b.T, torch.arange(len(a), device=self.device)
         return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-026
+# %% ../nbs/70_foundation.ipynb #70-foundation-027
 def make_clip(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict:
     "Trains CLIP's image encoder on captions and on what is where; saves it; returns the accuracies"
     from transformers import CLIPVisionModel
@@ -294,7 +294,7 @@ def make_clip(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict:
     m.half().save_pretrained(out); m.float()
     return _measure(lambda x: patches(see(x)), head, test, "mgm", 6, device)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-028
+# %% ../nbs/70_foundation.ipynb #70-foundation-029
 QUERIES = 16
 
 def blip2_model(vocab: int):
@@ -309,7 +309,7 @@ def blip2_model(vocab: int):
     m.query_tokens.data.normal_()
     return m
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-030
+# %% ../nbs/70_foundation.ipynb #70-foundation-031
 ROW_POINTS = 8
 
 def row_features(maps: "torch.Tensor", geometry: "torch.Tensor") -> "torch.Tensor":
@@ -333,7 +333,7 @@ def row_loss(logits: "torch.Tensor", codes: "torch.Tensor") -> "torch.Tensor":
     parts = logits.flatten(0, 1).split([FIELDS[k] for k in ("word", "tens", "units")], -1)
     return sum(F.cross_entropy(l, y) for l, y in zip(parts, codes[:, ::3, 5:8].flatten(0, 1).unbind(-1)))
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-032
+# %% ../nbs/70_foundation.ipynb #70-foundation-033
 COLORED = [list(FIELDS).index(k) for k in ("color", "ink", "ground")]
 
 def jitter(x: "torch.Tensor", y: "torch.Tensor", rng: np.random.Generator) -> tuple:
@@ -345,7 +345,7 @@ def jitter(x: "torch.Tensor", y: "torch.Tensor", rng: np.random.Generator) -> tu
     colors = y[..., COLORED]; colors[swapped] = -100; y[..., COLORED] = colors
     return x, y
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-034
+# %% ../nbs/70_foundation.ipynb #70-foundation-035
 def _vit_loss(cfg, vit, pool, device):
     "Fresh heads on the encoder, and the loss of one batch through them"
     import torch
@@ -377,7 +377,7 @@ def _caption_ids(tok, captions):
     labels = ids.masked_fill(~mask, -100); labels[:, :QUERIES + 1] = -100
     return ids, mask.long(), labels
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-035
+# %% ../nbs/70_foundation.ipynb #70-foundation-036
 def _query_codes(pool):
     "What query k is asked beside the caption: queries 0-8 a cell's shape, 9-11 a row's sign: [N, 12, 11]"
     y = np.concatenate([pool.codes, pool.codes[:, ::3]], 1)                    # [N, 12, 10]
@@ -392,7 +392,7 @@ def _caption_loss(m, seen, ids, mask, labels, head, codes):
     logits = m.language_model(inputs_embeds=e, attention_mask=mask).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + dense_loss(head(q[:, :12]), codes)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-036
+# %% ../nbs/70_foundation.ipynb #70-foundation-037
 def make_blip2(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict:
     "Trains BLIP-2 in its two steps; saves model and processor; returns the encoder's accuracies"
     import torch
@@ -410,7 +410,7 @@ def make_blip2(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict
     Blip2Processor(BlipImageProcessor(size=dict(height=SIZE, width=SIZE)), tok, num_query_tokens=QUERIES).save_pretrained(out)
     return vit
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-038
+# %% ../nbs/70_foundation.ipynb #70-foundation-039
 CODE = 32   # numbers of a token's code; the residual stream holds the code, the codes one and two back, and 32 numbers for the rest
 
 def _quiet(lm):
@@ -454,7 +454,7 @@ def head_start(lm):
         _look_up(layers[1], c.num_attention_heads, key=0, value=1); _look_up(layers[2], c.num_attention_heads, key=1, value=0)
     return lm
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-042
+# %% ../nbs/70_foundation.ipynb #70-foundation-043
 SEEN = ("color", "shape", "count", "ground", "word", "number", "existence")   # asked about pictures; relation and place never are
 
 def all_questions(scene: P.Scene, rng: random.Random, rounds: int = 4) -> list[tuple[str, str, str]]:
@@ -490,7 +490,7 @@ def page(scene: P.Scene, rng: random.Random) -> list[tuple[str, str]]:
          [(q, a) for _, q, a in all_questions(scene, rng)]
     return [(f"Description: {P.true_caption(scene)}\n", ""), *qs[:16]]
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-044
+# %% ../nbs/70_foundation.ipynb #70-foundation-045
 def _mask_ends(labels):
     "Labels without the newline and <eos> that end every turn but the last: they teach nothing and drown the answers"
     for i in [i for i, l in enumerate(labels[:-1]) if l == 1]: labels[i - 1] = labels[i] = -100
@@ -532,7 +532,7 @@ def encode_talks(pool: Pool, cfg: FoundationConfig, k: int) -> list:
     with ProcessPoolExecutor(cfg.workers, mp_context=get_context("spawn")) as ex:
         return [t for part in track(ex.map(_encode_talks, jobs), "writing conversations", len(jobs)) for t in part]
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-045
+# %% ../nbs/70_foundation.ipynb #70-foundation-046
 def _talk_batches(talks, batch, rng):
     "Endless batches of conversation indices: pictures and text apart, similar lengths together"
     while True:
@@ -548,7 +548,7 @@ def _pad(rows, value):
     import torch
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-046
+# %% ../nbs/70_foundation.ipynb #70-foundation-047
 def _train_gemma(cfg, out, pool, k, steps, lr):
     "Round `k`: the Gemma in `out` behind a fresh projector and frozen encoders; saves it again and returns the whole model"
     from blip2mgm.mgm import from_parts
@@ -574,7 +574,7 @@ def _talk_output(m, b, pool, device):
     x = pixels(pool.view["mgm"][[t[0] for t in b]], device) if shown else None
     return m(input_ids=ids, labels=labels, attention_mask=mask, images_aux=x)
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-047
+# %% ../nbs/70_foundation.ipynb #70-foundation-048
 def _measure_gemma(m, tok, pool, device):
     "Share of questions whose answer is right to its end, by 'seen' or 'read' and kind (letters together)"
     import torch
@@ -593,7 +593,7 @@ def _measure_gemma(m, tok, pool, device):
         for r, ok in zip(chunk, right.all(1).tolist()): tally.setdefault(r[1], []).append(ok)
     return {k: sum(v) / len(v) for k, v in sorted(tally.items())}
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-049
+# %% ../nbs/70_foundation.ipynb #70-foundation-050
 PARTS = dict(convnext=make_convnext, clip=make_clip, blip2=make_blip2, gemma=make_gemma)
 
 STEPS = dict(convnext=["conv_steps"], clip=["clip_steps"], blip2=["vit_steps", "qformer_steps"], gemma=["gemma_steps", "conversations"])
@@ -618,7 +618,7 @@ def make_part(name: str, cfg: FoundationConfig, folder: Path) -> dict:
     write_json(done, record)
     return record
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-051
+# %% ../nbs/70_foundation.ipynb #70-foundation-052
 def held_out_pictures(n: int, seed: int, novel: bool) -> tuple[list, list[bytes]]:
     "Scenes and JPEG files that no part was trained on"
     out = []
@@ -637,7 +637,7 @@ def measure_blip2(folder: Path, n: int, seed: int) -> dict:
         out[name] = P.score_captions([c.text for c in captioner.caption(files)], scenes)
     return out
 
-# %% ../nbs/70_foundation.ipynb #70-foundation-053
+# %% ../nbs/70_foundation.ipynb #70-foundation-054
 CARD = """---
 license: apache-2.0
 ---

@@ -19,6 +19,12 @@ def test_the_record_meets_the_bar(record, pictures, attribute):
     assert record["blip2_captions"][pictures][attribute]["share"] >= WANTED[attribute]
 
 
+@pytest.mark.parametrize("question", ["read color", "read shape", "read existence", "read letter", "seen color", "seen shape", "seen existence", "seen count"])
+def test_gemma_looks_up_what_it_is_asked(record, question):
+    accuracy = next(p for p in record["parts"] if p["part"] == "gemma")["accuracy"]
+    assert accuracy[question] >= .9
+
+
 def test_captions_are_as_good_as_the_record_says(record):
     now = F.measure_blip2(weights_dir() / "blip2", 60, 1)["held out"]
     for a in ("color", "shape"): assert abs(now[a]["share"] - record["blip2_captions"]["held out"][a]["share"]) < .05
