@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,6 @@ def cost(command: list[str], **env) -> Cost:
     before, start, most = os.times(), time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env) as p:
         watched = psutil.Process(p.pid)
-        import threading
         said = []
         reader = threading.Thread(target=lambda: said.append(p.stdout.read()))
         reader.start()
@@ -105,8 +105,7 @@ process:
   - words_num_filter: {{lang: en, tokenization: false}}
   - image_shape_filter: {{}}
 """
-OURS = """import sys, time, resource
-from blip2mgm.explore import analyse, explore
+OURS = """from blip2mgm.explore import analyse, explore
 a = analyse(explore({rows!r}, {root!r}, {depth!r}, workers={workers}))
 assert a["rows"]["accepted"] == {n}, a["rejected_by"]
 """

@@ -430,10 +430,10 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 89_478_485   # Pillow's own figure: a quarter of a gigabyte of 24-bit pixels
 
 def _open(file):
-    "Pillow's image of a file in one of `FORMATS`, as far as this Pillow was built for them."
+    "Pillow's image of a file, or of a file's content, in one of `FORMATS`, as far as this Pillow was built for them."
     from PIL import Image
     Image.init()
-    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 @contextmanager
 def strict_pillow():
@@ -490,7 +490,7 @@ def decode(
     "Decodes every pixel of a picture; raises Bad if it is none, too large, truncated or damaged."
     if not looks_like_image(data[:32]): raise Bad("not an image")
     try:
-        with _open(io.BytesIO(data)) as im:
+        with _open(data) as im:
             seen = _first_look(im, len(data), max_pixels)
             im.load()
             if measure: seen = Picture(*seen[:5], *measure(im))
@@ -516,7 +516,7 @@ def header(
     data, size = (file, len(file)) if isinstance(file, bytes) else _head(file)
     if not looks_like_image(data[:32]): raise Bad("not an image")
     try:
-        with _open(io.BytesIO(data)) as im: return _first_look(im, size, max_pixels)
+        with _open(data) as im: return _first_look(im, size, max_pixels)
     except Bad: raise
     except Exception as e:
         if len(data) < size: return header(Path(file).read_bytes(), max_pixels)
@@ -539,9 +539,9 @@ def as_seen(im):
     if im.has_transparency_data: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return im.convert("RGB")
 
-def open_picture(path: str | Path | io.BytesIO):
-    "The picture in a file as people see it; see `as_seen`."
-    with _open(path) as im: return as_seen(im)
+def open_picture(source: str | Path | bytes | io.BytesIO):
+    "The picture in a file, or in a file's content, as people see it; see `as_seen`."
+    with _open(source) as im: return as_seen(im)
 
 # %% ../nbs/02_data.ipynb #02-data-068
 def _from_lab(im):

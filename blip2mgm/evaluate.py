@@ -75,7 +75,7 @@ def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple
     from blip2mgm.mgm import preprocess
     seen, failed, ready = {}, {}, []
     for key, data in pictures.items():
-        try: ready.append((key, preprocess(open_picture(io.BytesIO(data)), "pad", model.config.image_size_aux)))
+        try: ready.append((key, preprocess(open_picture(data), "pad", model.config.image_size_aux)))
         except Exception as e: failed[key] = f"{type(e).__name__}: {e}"
     for i in range(0, len(ready), batch):
         keys, pixels = zip(*ready[i:i + batch])
@@ -451,7 +451,7 @@ def _panel(ax, q: Question, a: dict, right: bool) -> None:
     "One picture with its question, the answer and the truth."
     import textwrap
     from blip2mgm.data import open_picture
-    try: ax.imshow(open_picture(io.BytesIO(picture_bytes(q))))
+    try: ax.imshow(open_picture(picture_bytes(q)))
     except Exception: ax.text(.5, .5, "unreadable picture", ha="center")
     short = lambda text, most: text if len(text) <= most else text[:most - 1] + "…"
     plain = lambda text: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), 22)[:3])

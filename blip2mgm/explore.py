@@ -5,7 +5,6 @@
 # %% ../nbs/10_explore.ipynb #10-explore-002
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter, deque
@@ -149,7 +148,7 @@ def alike(pictures: Pictures, near: int = 4) -> dict:
     import numpy as np
     if not pictures.hashes: return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
     hashes, paths, rows = (np.concatenate(parts) for parts in (pictures.hashes, pictures.paths, pictures.rows))
-    _, first = np.unique(paths, return_index=True)   # one row for each file
+    first = np.sort(np.unique(paths, return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
     hashes, rows = hashes[first], rows[first]
     kinds, one, kind = np.unique(hashes, return_index=True, return_inverse=True)
     pairs, far, long = close_pairs(kinds, near)
@@ -201,6 +200,10 @@ def count_rows(source: str | Path) -> int:
         else: total += sum(1 for _ in iter_rows(file))
     return total
 
+def _has_lines(source) -> bool:
+    "Whether every row of a source is a line of its own."
+    return all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+
 def _lines(source) -> Iterator[tuple[int, bytes]]:
     "The lines that are not blank, with their numbers."
     for file in files_in(source):
@@ -208,7 +211,7 @@ def _lines(source) -> Iterator[tuple[int, bytes]]:
 
 def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[list, bool]]:
     "Rows in batches of `size` (fewer where they are large), as lines where the format has them; only those numbered in `picked`, if given."
-    lines = all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+    lines = _has_lines(source)
     rows, held, wanted = [], 0, None if picked is None else set(picked)
     for number, item in enumerate(_lines(source) if lines else iter_rows(source)):
         if wanted is not None and number not in wanted: continue
@@ -443,7 +446,7 @@ def leakage(found: Exploration, questions: list, near: int = 4, overlap: float =
     import numpy as np
     pictures, hashes = {q.image_id: q.image for q in questions}, []
     for image in pictures.values() if found.pictures.hashes else ():
-        try: hashes.append(measure(open_picture(io.BytesIO(image) if isinstance(image, bytes) else image))[2])
+        try: hashes.append(measure(open_picture(image))[2])
         except Exception: hashes.append(None)   # the evaluation's own gate speaks of it
     names, known = [k for k, h in zip(pictures, hashes) if h is not None], [h for h in hashes if h is not None]
     hits = _leaked(np.array(known, np.uint64), found, near) if known else {}
@@ -549,12 +552,17 @@ def panels(columns: int, width: float = 9, height: float = 3, rows: int = 1, **k
     return fig, axs.flatten()
 
 # %% ../nbs/10_explore.ipynb #10-explore-052
-def _histogram(ax, counts: Counter, below: int, unit: str):
-    "Bars of how often each value occurs, those under `below` in the warning colour, the mean as a line; the last bar gathers the longest 2%."
-    n, seen, top = counts.total(), 0, 1
+def _reach(counts: Counter, share: float) -> int:
+    "The value up to which at least `share` of all lie; 1 if there are none."
+    seen, wanted = 0, share * counts.total()
     for value in sorted(counts):
         seen += counts[value]
-        if seen >= 0.98 * n: top = 1.2 * max(value, 1); break
+        if seen >= wanted: return value
+    return 1
+
+def _histogram(ax, counts: Counter, below: int, unit: str):
+    "Bars of how often each value occurs, those under `below` in the warning colour, the mean as a line; the last bar gathers the longest 2%."
+    n, top = counts.total(), 1.2 * max(_reach(counts, 0.98), 1) if counts else 1
     step, bars = max(1, round(top / 40)), Counter()
     for value, times in counts.items(): bars[int(min(value, top)) // step * step] += times
     ax.bar(bars.keys(), bars.values(), width=0.9 * step, align="edge", color=[ORANGE if k < below else BLUE for k in bars])
@@ -621,11 +629,7 @@ def plot_images(pictures: Pictures):
 
 def _bins(ax, counts: Counter, xlabel: str, title: str):
     "How often values occur, in 40 bars, those beyond the highest 1% left out."
-    n, seen, top = counts.total(), 0, 1
-    for value in sorted(counts):
-        seen, top = seen + counts[value], value
-        if seen >= 0.99 * n: break
-    ax.hist(list(counts), bins=40, range=(0, max(top, 1)), weights=list(counts.values()), color=BLUE)
+    ax.hist(list(counts), bins=40, range=(0, max(_reach(counts, 0.99), 1)), weights=list(counts.values()), color=BLUE)
     ax.set(xlabel=xlabel, ylabel="pictures", title=title)
     ax.yaxis.set_major_formatter("{x:,.0f}")
     return ax
@@ -659,7 +663,7 @@ def picture_of(raw: str, root: str | Path):
     images = row.get("images") or ([row["image"]] if row.get("image") else [])
     try:
         path, data = embedded(images[0])
-        return open_picture(io.BytesIO(data) if data else locate(Root(root), path))
+        return open_picture(data or locate(Root(root), path))
     except Exception: return None
 
 def _label(caption: str, width: int = 24, lines: int = 4) -> str:
@@ -687,7 +691,7 @@ def _thumbnail(im, side: int = 150):
 # %% ../nbs/10_explore.ipynb #10-explore-064
 def rows_at(source: str | Path, numbers: Iterable[int]) -> dict[int, str]:
     "Rows of a file by their number, as JSON."
-    wanted, lines = set(numbers), all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+    wanted, lines = set(numbers), _has_lines(source)
     if not wanted: return {}
     rows = enumerate(_lines(source) if lines else iter_rows(source))
     return {n: item[1].decode() if lines else _line(item[0]) for n, item in islice(rows, max(wanted) + 1) if n in wanted}

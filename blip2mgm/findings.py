@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PARTS', 'CLAIMS', 'Artefacts', 'check_chain', 'check_again', 'data_rows', 'pairs_of', 'words_moved',
-           'training_logs', 'spikes', 'training_rows', 'samples_until', 'reached', 'samples_seen', 'unfair',
-           'cost_rows', 'hours_a_model', 'score_tables', 'arm_scores', 'paired', 'compare_arms', 'families',
-           'blind_answers', 'blind_rows', 'split_effect', 'left_out', 'np_array', 'opinions', 'flip_rows', 'flip_table',
+           'training_logs', 'spikes', 'training_rows', 'bad_steps', 'samples_until', 'reached', 'samples_seen',
+           'unfair', 'cost_rows', 'hours_a_model', 'score_tables', 'arm_scores', 'paired', 'compare_arms', 'families',
+           'blind_answers', 'blind_rows', 'split_effect', 'left_out', 'opinions', 'flip_rows', 'flip_table',
            'pick_flips', 'flipped_answers', 'answer_rows', 'captioner_rows', 'mention_rows', 'foundation_rows', 'holds',
            'longer', 'diversity_change', 'trainable_share', 'audit', 'machine_claims', 'provenance', 'environment']
 
@@ -138,6 +138,10 @@ def training_rows(logs: dict) -> list[dict]:
     return out
 
 # %% ../nbs/81_findings.ipynb #81-findings-023
+def bad_steps(training: list[dict], arm: str) -> int:
+    "Spikes and steps without a number of an arm, both stages and all seeds together."
+    return sum(r["spikes"] + r["steps_without_number"] for r in training if r["arm"] == arm)
+
 def samples_until(rows: list[dict], loss: float, window: int = 5) -> int | None:
     "Samples seen when the mean loss of `window` steps is first at or below `loss`; None if it never is."
     seen, last = 0, []
@@ -260,11 +264,12 @@ def split_effect(tables: dict, cfg) -> list[dict]:
 # %% ../nbs/81_findings.ipynb #81-findings-042
 def left_out(tables: dict, cfg) -> list[dict]:
     "The difference on each task with one seed, or one question type, left out: value and interval."
+    import numpy as np
     from blip2mgm.stats import compare
     out = []
     for task in dict.fromkeys(t for t, _ in tables):
         a, b = tables[task, cfg.arm], tables[task, cfg.base]
-        x, y, kinds, clusters = np_array(a["scores"]), np_array(b["scores"]), np_array(a["kinds"]), np_array(a["clusters"])
+        x, y, kinds, clusters = map(np.asarray, (a["scores"], b["scores"], a["kinds"], a["clusters"]))
         cuts = [("seed", str(s), [i for i in range(len(x)) if i != j], slice(None)) for j, s in enumerate(a["seeds"]) if len(x) > 2]
         cuts += [("question type", str(k), list(range(len(x))), kinds != k) for k in sorted(set(a["kinds"])) if len(set(clusters[kinds != k])) > 1]
         for what, name, rows, columns in cuts:
@@ -272,18 +277,17 @@ def left_out(tables: dict, cfg) -> list[dict]:
             out.append({"task": task, "without": f"{what} {name}", "value": c.value, "low": c.low, "high": c.high, "n_questions": c.n_questions, "from": [*a["from"], *b["from"]]})
     return out
 
-def np_array(values):
-    import numpy
-    return numpy.asarray(values)
+
 
 # %% ../nbs/81_findings.ipynb #81-findings-045
 def opinions(tables: dict, compared: list) -> list[dict]:
     "For each comparison: p-values by permutation of pictures and of seeds, the bootstrap's interval, and the parts of the noise."
+    import numpy as np
     from blip2mgm.stats import crossed_bootstrap, noise, permutation
     out = []
     for c in compared:
         a, b = tables[c.task, c.arm], tables[c.task, c.base]
-        d, where = np_array(a["scores"]) - np_array(b["scores"]), a["clusters"]
+        d, where = np.subtract(a["scores"], b["scores"]), a["clusters"]
         low, high = crossed_bootstrap(d, where, level=c.level) if c.n_seeds > 1 else (None, None)
         out.append({"task": c.task, "arm": c.arm, "p": c.p, "p_holm": c.p_holm, "p_equivalent": c.p_equivalent, **{f"p_{k}": v for k, v in permutation(d, where).items()},
                     "bootstrap_low": low, "bootstrap_high": high, **{f"{k}_sd": v for k, v in vars(noise(d, where)).items()}, "from": [*a["from"], *b["from"]]})
@@ -430,7 +434,7 @@ def trainable_share(art: Artefacts, arm: str) -> tuple[int, int, list[str]]:
 # %% ../nbs/81_findings.ipynb #81-findings-067
 def _stability(training: list[dict], arm: str, base: str) -> dict:
     "Spikes and steps without a number of two arms, stage by stage, and the study's unlike pair."
-    bad = {a: sum(r["spikes"] + r["steps_without_number"] for r in training if r["arm"] == a) for a in (arm, base)}
+    bad = {a: bad_steps(training, a) for a in (arm, base)}
     steps = {a: sum(r["steps"] for r in training if r["arm"] == a) for a in (arm, base)}
     ends = {(a, s): _mean(_finite(r["last_loss"] for r in training if (r["arm"], r["stage"]) == (a, s))) for a, s in ((arm, 1), (base, 2))}
     own = ", ".join(f"{a} ends stage {s} at {v:.3f}" for (a, s), v in ends.items() if v is not None)

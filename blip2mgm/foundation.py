@@ -466,9 +466,6 @@ def _seen_turns(scene, rng):
     ocr = P.ocr_tokens(scene, rng) if rng.random() < .5 else None
     return [(P.short_prompt(q, ocr), a) for k, q, a in all_questions(scene, rng, 2) if k in SEEN]
 
-def _seen_letters(scene, rng):
-    return [(P.options_prompt(q, opts), "ABCD"[k]) for kind, q, opts, k in P.choices(scene, rng) if kind in SEEN][:4]
-
 def _text_turns(scene, rng):
     "Questions about a written description, lettered ones or short ones"
     turns = P.letter_turns(scene, rng, 4) if rng.random() < .5 else [(P.short_prompt(q), a) for _, q, a in all_questions(scene, rng, 3)[:7]]
@@ -479,15 +476,14 @@ SHARES = ((.15, .15, .25, 0.), (.15, .15, .30, .25))   # web captions, true capt
 
 def foundation_talk(scene: P.Scene, other: P.Scene, rng: random.Random, shares: tuple = SHARES[1]) -> tuple[bool, list[tuple[str, str]]]:
     "One conversation for Gemma: does it show the picture, and its turns"
-    kinds = (lambda: [(P.CAPTION, P.raw_caption(scene, rng, other))], lambda: [(P.CAPTION, P.true_caption(scene))], lambda: _seen_turns(scene, rng), lambda: _seen_letters(scene, rng))
+    kinds = (lambda: [(P.CAPTION, P.raw_caption(scene, rng, other))], lambda: [(P.CAPTION, P.true_caption(scene))], lambda: _seen_turns(scene, rng), lambda: P.letter_turns(scene, rng, 4, SEEN))
     k = rng.choices(range(5), [*shares, 1 - sum(shares)])[0]
     return k < 4, kinds[k]() if k < 4 else _text_turns(scene, rng)
 
 def page(scene: P.Scene, rng: random.Random) -> list[tuple[str, str]]:
     "A page of text: pairs of what is given and what is to be predicted, a description and all the questions about it"
     lettered = rng.random() < .3
-    qs = [(f"{q}\n" + "".join(f"{l}. {o}\n" for l, o in zip("ABCD", opts)), "ABCD"[k]) for _, q, opts, k in P.choices(scene, rng)] if lettered else \
-         [(q, a) for _, q, a in all_questions(scene, rng)]
+    qs = [(q.removesuffix(P.LETTER), a) for q, a in P.letter_turns(scene, rng, 16)] if lettered else [(q, a) for _, q, a in all_questions(scene, rng)]
     return [(f"Description: {P.true_caption(scene)}\n", ""), *qs[:16]]
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-045
@@ -509,9 +505,7 @@ def _encode_talk(scene, other, rng, tok, shares):
     from blip2mgm.mgm import encode_conversation
     if rng.random() < .25: return False, *_encode_page(page(scene, rng), tok)
     image, turns = foundation_talk(scene, other, rng, shares)
-    conv = [dict(zip(("from", "value"), x)) for q, a in turns for x in (("human", q), ("gpt", a))]
-    if image: conv[0]["value"] = "<image>\n" + conv[0]["value"]
-    e = encode_conversation(conv, tok, image, 512)
+    e = encode_conversation(P.conversation(turns, image), tok, image, 512)
     return image, list(e["input_ids"]), _mask_ends(list(e["labels"]))
 
 def _encode_talks(args):
@@ -549,13 +543,13 @@ def _pad(rows, value):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-047
-def _train_gemma(cfg, out, pool, k, steps, lr):
+def _train_gemma(cfg, out, pool, k, steps):
     "Round `k`: the Gemma in `out` behind a fresh projector and frozen encoders; saves it again and returns the whole model"
     from blip2mgm.mgm import from_parts
     device = pick_device(cfg.device); m = from_parts(out, out.parent / "clip", out.parent / "convnext", seed=cfg.seed + k).to(device)
     m.requires_grad_(True); m.clip.requires_grad_(False); m.convnext.requires_grad_(False)
     talks = encode_talks(pool, cfg, k); batches = _talk_batches(talks, cfg.batch, np.random.default_rng(cfg.seed + k))
-    m.train(); optimise([m], lambda _: _talk_output(m, [talks[i] for i in next(batches)], pool, device).loss, steps, lr, out / f"round{k + 1}.jsonl", cfg.seed + k); m.eval()
+    m.train(); optimise([m], lambda _: _talk_output(m, [talks[i] for i in next(batches)], pool, device).loss, steps, 1e-3, out / f"round{k + 1}.jsonl", cfg.seed + k); m.eval()
     m.lm.half().save_pretrained(out); m.float()
     return m
 
@@ -564,7 +558,7 @@ def make_gemma(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict
     from transformers import GemmaForCausalLM
     tok = make_tokenizer()
     head_start(GemmaForCausalLM(gemma_config(len(tok)))).save_pretrained(out); tok.save_pretrained(out)
-    for k, steps in enumerate((cfg.gemma_steps, max(1, cfg.gemma_steps // 3))): m = _train_gemma(cfg, out, pool, k, steps, 1e-3)
+    for k, steps in enumerate((cfg.gemma_steps, max(1, cfg.gemma_steps // 3))): m = _train_gemma(cfg, out, pool, k, steps)
     return _measure_gemma(m, tok, test, pick_device(cfg.device))
 
 def _talk_output(m, b, pool, device):
@@ -587,7 +581,7 @@ def _measure_gemma(m, tok, pool, device):
     rows, tally = sorted(rows, key=lambda r: r[0] >= 0), {}
     for chunk in [[r for r in rows if (r[0] >= 0) == shown][k:k + 64] for shown in (True, False) for k in range(0, len(rows), 64)]:
         if not chunk: continue
-        e = [encode_conversation([{"from": "human", "value": "<image>\n" * (i >= 0) + q}, {"from": "gpt", "value": a}], tok, i >= 0, 512) for i, _, q, a in chunk]
+        e = [encode_conversation(P.conversation([(q, a)], i >= 0), tok, i >= 0, 512) for i, _, q, a in chunk]
         with torch.no_grad(): o = _talk_output(m, [(r[0], list(x["input_ids"]), list(x["labels"])) for r, x in zip(chunk, e)], pool, device)
         right = (o.logits[:, :-1].argmax(-1) == o.labels[:, 1:]) | (o.labels[:, 1:] == -100)
         for r, ok in zip(chunk, right.all(1).tolist()): tally.setdefault(r[1], []).append(ok)

@@ -513,11 +513,11 @@ def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> 
     import numpy as np
     best = {}
     for band in range(bands if held.captions and train.captions else 0):
-        keys, order = _band_keys(train, band), None
+        keys, asked = _band_keys(train, band), _band_keys(held, band)
         order = np.argsort(keys, kind="stable")
-        asked = _band_keys(held, band)
-        at = np.minimum(np.searchsorted(keys[order], asked), len(keys) - 1)
-        hit = np.flatnonzero((keys[order][at] == asked) & (np.concatenate(held.lengths) > 0))
+        keys = keys[order]
+        at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        hit = np.flatnonzero((keys[at] == asked) & (np.concatenate(held.lengths) > 0))
         pairs = np.stack([hit, order[at[hit]]], 1)
         for (row, other), x in zip(pairs.tolist(), overlaps(held, train, pairs).tolist()):
             if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x

@@ -442,14 +442,14 @@ def short_turns(scene: Scene, rng: random.Random, n: int = 4) -> list[tuple[str,
     ocr = ocr_tokens(scene, rng)
     return [(short_prompt(q, ocr), a) for _, q, a in qs]
 
-def letter_turns(scene: Scene, rng: random.Random, n: int = 3) -> list[tuple[str, str]]:
-    "Up to `n` lettered turns (prompt, letter)"
-    return [(options_prompt(q, opts), "ABCD"[k]) for _, q, opts, k in choices(scene, rng)[:n]]
+def letter_turns(scene: Scene, rng: random.Random, n: int = 3, kinds: tuple | None = None) -> list[tuple[str, str]]:
+    "Up to `n` lettered turns (prompt, letter), of some kinds of question only if `kinds` names them"
+    return [(options_prompt(q, opts), "ABCD"[k]) for kind, q, opts, k in choices(scene, rng) if kinds is None or kind in kinds][:n]
 
-def conversation(turns: list[tuple[str, str]]) -> list[dict]:
-    "Turns in LLaVA's form, the image token at the front of the first"
+def conversation(turns: list[tuple[str, str]], image: bool = True) -> list[dict]:
+    "Turns in LLaVA's form, the image token at the front of the first if they show a picture"
     out = [dict(zip(("from", "value"), x)) for q, a in turns for x in (("human", q), ("gpt", a))]
-    out[0]["value"] = "<image>\n" + out[0]["value"]
+    if image: out[0]["value"] = "<image>\n" + out[0]["value"]
     return out
 
 # %% ../nbs/01_pictures.ipynb #01-pictures-059

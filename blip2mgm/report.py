@@ -11,7 +11,7 @@ __all__ = ['QUESTION', 'FROZEN', 'TASK_NAMES', 'ROLES', 'HEADLINES', 'FIGURES', 
            'words_table', 'answer_table', 'type_table', 'tables_of', 'conclusions', 'next_steps', 'limits', 'truth_of',
            'gallery', 'questions_of', 'by_type', 'measured', 'build', 'finish_comparison', 'md_table', 'report_md',
            'write_tables', 'anchor', 'page_of', 'told', 'says_here', 'clear_top', 'write_comparison', 'save_figures',
-           'publish', 'finished_run', 'compare_runs', 'np_mean', 'history']
+           'publish', 'finished_run', 'compare_runs', 'history']
 
 # %% ../nbs/50_report.ipynb #50-report-002
 import html
@@ -20,10 +20,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 
 from .core import (Config, ConfigError, Table, UserError, data_hash, file_hash, nearest, read_json, read_jsonl, record_of, resolve, result_hash, show_path,
                            show_table, weights_dir, write_json, write_text)
-from .findings import (STAGES, Artefacts, answer_rows, arm_scores, audit, blind_rows, captioner_rows, check_again, check_chain, compare_arms, cost_rows, data_rows,
+from .findings import (STAGES, Artefacts, answer_rows, arm_scores, audit, bad_steps, blind_rows, captioner_rows, check_again, check_chain, compare_arms, cost_rows, data_rows,
                                environment, flip_table, flipped_answers, foundation_rows, hours_a_model, left_out, machine_claims, mention_rows, opinions, pairs_of, provenance, reached,
                                samples_seen, score_tables, split_effect, training_logs, training_rows, unfair, words_moved)
 
@@ -242,7 +243,9 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
 
 # %% ../nbs/50_report.ipynb #50-report-031
 def _pm(stats: dict, digits: int = 1) -> str: return f"{stats['mean']:.{digits}f} ± {stats['sd']:.{digits}f}" if stats.get("n") else ""
-def _pts(x, sign: bool = True): return None if x is None else "0.0" if abs(x) < 0.0005 else f"{100 * x:{'+' if sign else ''}.1f}"
+def _pts(x, sign: bool = True):
+    from blip2mgm.stats import points
+    return None if x is None else points(x, sign)
 def _span(r, sign: bool = True): return f"{_pts(r['low'], sign)} to {_pts(r['high'], sign)}" if r.get("low") is not None else None
 def _share(x, digits: int = 1): return None if x is None else f"{x:.{digits}%}"
 def _p(x): return None if x is None else "< 0.001" if x < 0.001 else f"{x:.3f}"
@@ -376,8 +379,8 @@ def conclusions(out: dict, cfg: ReportConfig) -> list[dict]:
     turned = [r["without"] for r in signs if r["value"] * main["value"] < 0]
     if signs: found.append(("Is it robust?", f"Without any one seed or question type the difference stays between {_pts(min(r['value'] for r in signs))} and {_pts(max(r['value'] for r in signs))} points" + (f"; its sign turns without {', '.join(turned)}." if turned else ".")))
     if cfg.arm in data: found.append(("The data", f"{data[cfg.arm]['captions']:,} of {out['rows']['rows']['in']:,} rows are left, with {data[cfg.arm]['words']['mean']:.1f} words a caption instead of {data[cfg.base]['words']['mean']:.1f}."))
-    bad = {a: sum(r["spikes"] + r["steps_without_number"] for r in out["training"] if r["arm"] == a) for a in (cfg.base, cfg.arm)}
-    found.append(("Training", f"Spikes and steps without a number: {bad[cfg.base]} in the training of {cfg.base}, {bad[cfg.arm]} in that of {cfg.arm}."))
+    base, arm = (bad_steps(out["training"], a) for a in (cfg.base, cfg.arm))
+    found.append(("Training", f"Spikes and steps without a number: {base} in the training of {cfg.base}, {arm} in that of {cfg.arm}."))
     see = out["power"]["this_run"]
     if see: found.append(("What could it see?", f"With {main['n_seeds']} seeds and {main['n_questions']:,} questions, a difference of {_pts(see, False)} points is found in {cfg.power:.0%} of such runs" + _need(out["power"], cfg)))
     return [{"text": text, "at": at} for at, text in found]
@@ -420,7 +423,7 @@ def _thumbnail(q, size: int = 150) -> str:
     import base64
     import io
     from blip2mgm.data import open_picture
-    try: im = open_picture(io.BytesIO(q.image) if isinstance(q.image, bytes) else q.image)
+    try: im = open_picture(q.image)
     except Exception: return ""
     im.thumbnail((size, size))
     im.save(buffer := io.BytesIO(), "JPEG", quality=80)
@@ -467,7 +470,8 @@ def by_type(found: dict, blind: list[dict]) -> list[dict]:
 # %% ../nbs/50_report.ipynb #50-report-045
 def measured(art: Artefacts, cfg: ReportConfig, root: Path) -> tuple[dict, dict, dict]:
     "All rows that are read or counted, the tables of scores, and the training logs."
-    check_chain(art, data_hash(cfg)), check_again(art, cfg.base, cfg.again) if f"arms/{cfg.again}/captions.jsonl" in art.record("enhance")["outputs"] else None
+    check_chain(art, data_hash(cfg))
+    if f"arms/{cfg.again}/captions.jsonl" in art.record("enhance")["outputs"]: check_again(art, cfg.base, cfg.again)
     found, summary = read_json(art.path("evaluate/scores.json")), read_json(art.path("enhance/summary.json"))
     arms, tasks = (list(dict.fromkeys(s[k] for s in found["scores"] if s.get("stage", 2) == 2)) for k in ("arm", "task"))
     if cfg.base not in arms: raise UserError(f"there are no answers of {cfg.base}, the arm to compare with")
@@ -639,19 +643,17 @@ def compare_runs(runs: list[str], arm: str | None = None) -> list[dict]:
         named = {(task, n): t | {"seeds": t["seeds"][:least], "scores": t["scores"][:least]} for n, t in zip(names, tables)}
         for i, (name, (_, out)) in enumerate(zip(names, found)):
             c = None if i == 0 else paired(named, task, name, names[0], smallest=out["parameters"].get("smallest"))
-            rows.append({"task": task_name(task), "run": name, "arm": arms[i], "score, %": _pts(np_mean(named[task, name]["scores"]), False), "difference to the first": c and _pts(c.value), "95% interval": c and _span({"low": c.low, "high": c.high}),
+            rows.append({"task": task_name(task), "run": name, "arm": arms[i], "score, %": _pts(fmean(v for seed in named[task, name]["scores"] for v in seed), False), "difference to the first": c and _pts(c.value), "95% interval": c and _span({"low": c.low, "high": c.high}),
                          "verdict": c.verdict if c else "(compared with)", "seeds": least, "questions": len(named[task, name]["units"])})
     return rows
 
-def np_mean(scores: list[list[float]]) -> float: return sum(map(sum, scores)) / sum(map(len, scores))
+
 
 # %% ../nbs/50_report.ipynb #50-report-058
 def history(folder: str | Path = "runs") -> list[dict]:
     "A row for every run below `folder`, the latest first: what it asked and what it found."
     rows = []
-    for path in sorted(p for p in resolve(folder).glob("*/*/config.yaml")):
-        run = path.parent.parent
-        if any(r["run"] == show_path(run) for r in rows): continue
+    for run in sorted({path.parent.parent for path in resolve(folder).glob("*/*/config.yaml")}):
         found = read_json(run/"comparison.json") if (run/"comparison.json").is_file() else {}
         main = next((c for c in found.get("comparisons", []) if (c["arm"], c["task"]) == (found["parameters"]["arm"], found["parameters"].get("endpoint", c["task"]))), {})
         done = [s for s in (*STAGES, "report") if record_of(run, s)]

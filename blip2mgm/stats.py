@@ -207,7 +207,7 @@ def reason(c: Comparison) -> str:
 # %% ../nbs/08_stats.ipynb #08-stats-041
 def sentence(c: Comparison) -> str:
     "The comparison in one sentence."
-    level = points(c.value, False) in ('0.0',)
+    level = points(c.value, False) == '0.0'
     how = 'level with' if level else f'{points(abs(c.value), False)} points {"above" if c.value > 0 else "below"}'
     head = f"{c.arm} is {how} {c.base}{f' on {c.task}' if c.task else ''} ({points(c.arm_mean, False)} against {points(c.base_mean, False)})"
     return f'{head}; {interval_text(c)} ({basis(c)}): {c.verdict}, because {reason(c)}.'

@@ -140,6 +140,12 @@ def test_alike_counts_files_and_not_rows():
     assert alike(pictures, 1)["alike"] == 2 and alike(Pictures())["files"] == 0
 
 
+def test_examples_of_alike_files_come_in_the_order_of_the_rows():
+    pictures, same = Pictures(), Picture(9, 9, "PNG", "L", 9, 1.0, 1.0, 7)
+    pictures.add([(row, path, same) for row, path in enumerate((30, 20, 10))])   # numbers as paths: Python's hash of a text is another in each run
+    assert alike(pictures)["pairs"] == [(0, 1, 0), (0, 2, 0)]
+
+
 def test_leakage(folder):
     found = explore(folder / "captions.jsonl", folder)
     ask = lambda i, image, text: Question(i, str(i), image, text, text, "other", ("x",), {"x": ""})
