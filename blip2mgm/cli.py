@@ -391,8 +391,8 @@ def _run_folder(given) -> str|None:
 def do_run(args): run_profile(args.profile, getattr(args, "from"), args.only, args.force, _run_folder(args.run))
 def do_status(args): print(status_table(load_profile(args.profile, _run_folder(args.run))))
 def do_list(args): print(profile_table())
-def do_compare(args): print(show_table(importlib.import_module("blip2mgm.report").compare_runs(args.runs, args.arm)))
-def do_history(args): print(show_table(importlib.import_module("blip2mgm.report").history(args.folder)))
+def do_compare(args): print(show_table(importlib.import_module("blip2mgm.runs").compare_runs(args.runs, args.arm)))
+def do_history(args): print(show_table(importlib.import_module("blip2mgm.runs").history(args.folder)))
 def do_lab(args): return subprocess.call(lab_command(args.extra))
 
 # %% ../nbs/80_cli.ipynb #80-cli-073

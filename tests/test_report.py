@@ -15,8 +15,9 @@ from blip2mgm.evaluate import EvaluateConfig, Reply, ask_about, keep_answers
 from blip2mgm.explore import analyse
 from blip2mgm.pictures import ensure_world
 from blip2mgm.findings import Artefacts, arm_scores, blind_answers, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
-from blip2mgm.report import (ReportConfig, banner, build, compare_runs, finish_comparison, freeze_plan, gallery, history, md_table, page_of, plot_scores, plot_verdict, publish, report_md, save_figures,
-                             tables_of, verdict_of, write_comparison)
+from blip2mgm.page import banner, gallery, md_table, page_of, report_md, tables_of
+from blip2mgm.report import ReportConfig, build, finish_comparison, freeze_plan, plot_scores, plot_verdict, publish, save_figures, verdict_of, write_comparison
+from blip2mgm.runs import compare_runs, history
 from blip2mgm.tasks import Question, majority, mark, summarise
 from blip2mgm.train import TrainConfig
 
