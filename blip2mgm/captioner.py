@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE', 'OPERATOR', 'read_picture', 'shrink', 'pixels', 'weights_hash', 'model_hash', 'load_blip2', 'opening_ids',
-           'opening', 'Speaker', 'choose', 'stop_tokens', 'speak', 'Caption', 'caption_images', 'Captioner',
-           'with_captions', 'caption_rows', 'register']
+           'opening', 'Speaker', 'choose', 'stop_tokens', 'speak', 'Caption', 'caption_images', 'likelihood',
+           'agreement', 'Captioner', 'with_captions', 'caption_rows', 'register']
 
 # %% ../nbs/09_captioner.ipynb #09-captioner-002
 import hashlib, random, re
@@ -241,6 +241,47 @@ def _caption_batch(model, processor, images, seeds, tie, how) -> list[Caption]:
     return found
 
 # %% ../nbs/09_captioner.ipynb #09-captioner-046
+def _caption_labels(processor, captions: list[str]) -> torch.Tensor:
+    "[B, T] token ids of captions with their end, -100 behind"
+    tok = processor.tokenizer
+    ids = [tok(c, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] for c in captions]
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=-100)
+
+def likelihood(model, embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    "[B] mean log-probability (nats) of the tokens `labels` [B, T] after an opening [B, S, D]"
+    lm, there = model.language_model, labels != -100
+    if lm.config.is_encoder_decoder: logits = lm(inputs_embeds=embeds, labels=labels).logits
+    else:
+        said = model.get_input_embeddings()(labels.clamp(min=0)).to(embeds.dtype)
+        mask = torch.cat([torch.ones(embeds.shape[:2], device=labels.device), there], 1)
+        logits = lm(inputs_embeds=torch.cat([embeds, said], 1), attention_mask=mask).logits[:, embeds.shape[1] - 1:-1]
+    each = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (each * there).sum(1) / there.sum(1)
+
+# %% ../nbs/09_captioner.ipynb #09-captioner-047
+@torch.inference_mode()
+def agreement(
+    model,               # a BLIP-2 model
+    processor,           # its processor
+    images: list,        # paths, bytes or pictures
+    captions: list[str], # one for each
+    batch: int = 64,     # images that go through the model together; the others are taken from among them
+    others: int = 4,     # pictures that a caption is also held against
+    prompt: str = "",    # text the captions continue
+) -> list[float | None]:
+    "How much likelier each caption is beside its own picture than beside others, in nats a token; None where the picture cannot be read or has no company"
+    ids, out = opening_ids(model, processor, prompt), [None] * len(images)
+    for k in range(0, len(images), batch):
+        with data.strict_pillow(): found = {i: _try_read(im, processor) for i, im in enumerate(images[k:k + batch], k)}
+        good = [i for i, f in found.items() if not isinstance(f, Caption) and captions[i]]
+        if len(good) < 2: continue
+        embeds, labels = opening(model, pixels([found[i] for i in good], processor), ids), _caption_labels(processor, [captions[i] for i in good]).to(model.device)
+        own, n = likelihood(model, embeds, labels), min(others, len(good) - 1)
+        beside = torch.stack([likelihood(model, embeds.roll(s + 1, 0), labels) for s in range(n)]).mean(0)
+        for i, gain in zip(good, (own - beside).tolist()): out[i] = gain
+    return out
+
+# %% ../nbs/09_captioner.ipynb #09-captioner-053
 class Captioner:
     "A BLIP-2 model that writes one caption per picture: `Captioner(folder).caption(paths)`"
     def __init__(
@@ -261,7 +302,7 @@ class Captioner:
 
     def __repr__(self): return f"Captioner({Path(self.name).name}, {self.hash[:8]}, {self.model.device}, {str(self.model.dtype)[6:]})"
 
-# %% ../nbs/09_captioner.ipynb #09-captioner-049
+# %% ../nbs/09_captioner.ipynb #09-captioner-056
 def with_captions(text:str, captions:list[str]) -> str:
     "`text` with the words of each chunk that has pictures replaced by one caption per picture"
     left, chunks = list(captions), text.split(data.END)
@@ -269,7 +310,7 @@ def with_captions(text:str, captions:list[str]) -> str:
         if n := chunk.count(data.IMAGE): chunks[i], left = "".join(f"{data.IMAGE}\n{c} " for c in left[:n]), left[n:]
     return data.END.join(chunks)
 
-# %% ../nbs/09_captioner.ipynb #09-captioner-051
+# %% ../nbs/09_captioner.ipynb #09-captioner-058
 def _row_caption(text, images, captions) -> tuple[str, str, str]:
     "Text, caption and status of one row from the captions of its images"
     tokens = (text or "").count(data.IMAGE)
@@ -286,7 +327,7 @@ def caption_rows(captioner, texts:list, images:list, names:list) -> list[tuple[s
     for (i, _), c in zip(todo, done): by_row.setdefault(i, []).append(c)
     return [_row_caption(t, ims or [], by_row.get(i, [])) for i, (t, ims) in enumerate(zip(texts, images))]
 
-# %% ../nbs/09_captioner.ipynb #09-captioner-054
+# %% ../nbs/09_captioner.ipynb #09-captioner-061
 OPERATOR = "blip2_captioning_mapper"
 
 @lru_cache(maxsize=1)
@@ -305,7 +346,7 @@ def _process(op, samples, rank=None):
     samples["caption_model"] = [op.weights[:12]] * n
     return samples
 
-# %% ../nbs/09_captioner.ipynb #09-captioner-055
+# %% ../nbs/09_captioner.ipynb #09-captioner-062
 def register():
     "Make the operator known to Data-Juicer (once); returns its class"
     from data_juicer.ops.base_op import OPERATORS, Mapper
@@ -327,7 +368,7 @@ def register():
     Blip2CaptioningMapper.__module__, Blip2CaptioningMapper.__qualname__ = "blip2mgm.captioner", "Blip2CaptioningMapper"
     return OPERATORS.register_module(OPERATOR)(Blip2CaptioningMapper)
 
-# %% ../nbs/09_captioner.ipynb #09-captioner-057
+# %% ../nbs/09_captioner.ipynb #09-captioner-064
 def __getattr__(name):
     "The operator's class, made on first use"
     if name == "Blip2CaptioningMapper": return register()

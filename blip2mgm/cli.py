@@ -7,7 +7,7 @@ __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'conf
            'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
            'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
            'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
-           'do_compare', 'do_history', 'do_lab', 'do_check', 'do_explore', 'do_clean', 'parser', 'main']
+           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_clean', 'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
 import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -393,6 +393,7 @@ def do_status(args): print(status_table(load_profile(args.profile, _run_folder(a
 def do_list(args): print(profile_table())
 def do_compare(args): print(show_table(importlib.import_module("blip2mgm.runs").compare_runs(args.runs, args.arm)))
 def do_history(args): print(show_table(importlib.import_module("blip2mgm.runs").history(args.folder)))
+def do_trace(args): print(show_table(importlib.import_module("blip2mgm.arms").trace(resolve(args.run), args.id)))
 def do_lab(args): return subprocess.call(lab_command(args.extra))
 
 # %% ../nbs/80_cli.ipynb #80-cli-073
@@ -445,6 +446,9 @@ def _add_commands(commands):
     compare.add_argument("--arm", help="the arm to compare, if not the one that each run's verdict is about")
     history = _command(commands, "history", do_history, "list all runs with what they asked and found", profile=False)
     history.add_argument("folder", nargs="?", default="runs", help="where the run folders lie (runs)")
+    trace = _command(commands, "trace", do_trace, "print the way of one row through the enhancement of a run", profile=False)
+    trace.add_argument("id", help="the row's id, such as c000012")
+    trace.add_argument("--run", default="runs/demo", metavar="DIR", help="the run folder (runs/demo)")
     lab = _command(commands, "lab", do_lab, "open the notebooks in JupyterLab, on this machine only", profile=False)
     lab.add_argument("extra", nargs="*", metavar="OPTION", help="passed on to JupyterLab; write -- before it: blip2mgm lab -- --no-browser")
     clean = _command(commands, "clean", do_clean, "remove a profile's run folder with all its results", run=True)

@@ -455,7 +455,7 @@ def head_start(lm):
     return lm
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-043
-WHERE = ("relation", "place")   # asked about pictures in the second round only
+WHERE = ("relation", "place")   # asked about pictures from the second round on
 
 def all_questions(scene: P.Scene, rng: random.Random, rounds: int = 4) -> list[tuple[str, str, str]]:
     "(kind, question, answer) of several rounds of drawing, each question once"
@@ -478,7 +478,7 @@ def _text_turns(scene, rng):
     (q, a), *rest = turns
     return [(f"Description: {P.true_caption(scene)}\n{q}", a), *rest]
 
-SHARES = ((.15, .15, .25, 0.), (.15, .15, .30, .25))   # web captions, true captions, questions, lettered questions about pictures, by round; the rest is text
+SHARES = ((.15, .15, .25, 0.), (.15, .15, .30, .25), (.15, .15, .30, .25))   # web captions, true captions, questions, lettered questions about pictures, by round; the rest is text
 
 def foundation_talk(scene: P.Scene, other: P.Scene, rng: random.Random, k: int = 1) -> tuple[bool, list[tuple[str, str]]]:
     "One conversation for Gemma's round `k`: does it show the picture, and its turns"
@@ -561,7 +561,7 @@ def _train_gemma(cfg, out, pool, k):
     return m
 
 def make_gemma(cfg: FoundationConfig, out: Path, pool: Pool, test: Pool) -> dict:
-    "Trains Gemma behind the frozen encoders of `out`'s neighbours, in two rounds; saves it with the tokenizer; returns its accuracies"
+    "Trains Gemma behind the frozen encoders of `out`'s neighbours, in rounds; saves it with the tokenizer; returns its accuracies"
     from transformers import GemmaForCausalLM
     tok = make_tokenizer()
     head_start(GemmaForCausalLM(gemma_config(len(tok)))).save_pretrained(out); tok.save_pretrained(out)

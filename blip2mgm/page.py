@@ -15,12 +15,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from .arms import ARMS
 from .core import UserError, write_text
 
 # %% ../nbs/82_page.ipynb #82-page-005
 TASK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
-ROLES = {"random": "as many raw rows as the recipe leaves", "raw_filtered": "raw captions, the recipe's filters only", "blip2": "BLIP-2 captions on all rows, no filter",
-         "mix": "raw and BLIP-2 captions together", "shuffled": "captions of other pictures", "blind": "a model that never sees the picture"}
+ROLES = ARMS | {"blind": "a model that never sees the picture"}
 
 def task_name(task: str) -> str:
     "How a benchmark writes its own name."

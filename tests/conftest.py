@@ -19,6 +19,11 @@ def cells(notebook, kind="code"):
     return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in found if c["cell_type"] == kind]
 
 
+def pytest_collection_modifyitems(items):
+    "The runs of the whole pipeline first: files are shared out among the processes in this order, and these take longest"
+    items.sort(key=lambda item: item.path.stem != "test_pipeline")
+
+
 @pytest.fixture
 def project(tmp_path):
     "A small copy of the project's notebooks, package, parameters and settings to change at will"

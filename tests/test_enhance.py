@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import blip2mgm.enhance as enhance
+import blip2mgm.recipe as recipe_module
+from blip2mgm.arms import ARMS, arm_lines, check_account, fates, lineage_rows, operator_table, rejections, trace, write_arm, write_lineage
+from blip2mgm.changes import caption_sets, change_stats, mentions, shift_rows, with_scenes
 from blip2mgm.core import ConfigError, UserError, project_root, read_json, read_jsonl, read_yaml, weights_dir
 from blip2mgm.data import caption_of, gate, text_of
-from blip2mgm.enhance import (ARMS, EnhanceConfig, caption_sets, change_stats, check_account, dj_fingerprint, fates, make_arms, mentions, operator_table,
-                              operators, rejections, resolve_recipe, run_recipe, what_failed, with_scenes)
+from blip2mgm.enhance import EnhanceConfig
+from blip2mgm.recipe import dj_fingerprint, environment, filters_only, operators, resolve_recipe, run_recipe, what_failed
 
 ROOT = project_root()
 RECIPE = ROOT / "params/recipes/blip2_enhanced.yaml"
@@ -67,7 +69,7 @@ def test_parameters_agree():
     values = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(tagged[0]).body}
     assert values == EnhanceConfig().to_dict() == EnhanceConfig.load("params/smoke/enhance.yaml").to_dict()
     assert EnhanceConfig.load("params/demo/enhance.yaml").data == "pictures/demo"
-    for wrong in ({"arms": ["blip2"]}, {"workers": 0}):
+    for wrong in ({"arms": ["blip3"]}, {"workers": 0}, {"mix": 1.5}, {"agreement": 1}):
         with pytest.raises(ConfigError):
             EnhanceConfig(**wrong)
 
@@ -121,24 +123,66 @@ def test_captions_are_the_captioners(run, gated, world):
     assert [written[r["id"]] for r in gated.accepted] == [c.text for c in alone]
 
 
+def write_arms(folder, made, rows): return {arm: write_arm(folder / arm, rows, lines) for arm, lines in made.items()}
+
+
 @needs_weights
-def test_arms(run, gated, tmp_path):
+def test_arms(run, gated, world, recipe, tmp_path):
     _, lines = run
-    kept = [line for line in lines if line["status"] == "kept"]
-    sizes = make_arms(tmp_path / "a", list(ARMS), gated.accepted, gated.rejected, lines, seed=1)
-    make_arms(tmp_path / "b", list(ARMS), gated.accepted, gated.rejected, lines, seed=1)
-    make_arms(tmp_path / "c", ["random"], gated.accepted, gated.rejected, lines, seed=2)
+    kept, rows = [line for line in lines if line["status"] == "kept"], gated.accepted
+    only = filters_only(recipe)
+    filtered = fates(rows, run_recipe(rows, world, only, tmp_path / "dj"), only) + rejections(gated.rejected)
+    agreement = {str(r["id"]): float(i % 7) for i, r in enumerate(rows)}
+    make = lambda seed: arm_lines(list(ARMS), rows, gated.rejected, lines, filtered, agreement, .5, seed)
+    sizes = write_arms(tmp_path / "a", make(1), rows)
+    write_arms(tmp_path / "b", make(1), rows), write_arms(tmp_path / "c", make(2), rows)
     text = {arm: (tmp_path / "a" / arm / "captions.jsonl").read_text() for arm in ARMS}
-    assert sizes == {"raw": 24, "blip2_filtered": len(kept), "random": len(kept), "raw_again": 24}
+    fair = sum(line["status"] == "kept" for line in filtered)
+    assert sizes == dict.fromkeys(ARMS, 24) | {"blip2_filtered": len(kept), "random": len(kept), "raw_filtered": fair} and 0 < fair < 24
     assert text == {arm: (tmp_path / "b" / arm / "captions.jsonl").read_text() for arm in ARMS} and text["raw"] == text["raw_again"]
-    assert len(kept) in (0, 24) or (tmp_path / "c/random/captions.jsonl").read_text() != text["random"]
-    rows = read_jsonl(tmp_path / "a/blip2_filtered/captions.jsonl")
-    assert [(r["id"], r["text"]) for r in rows] == [(line["id"], text_of(line["final_caption"])) for line in kept]
-    assert all(not Path(r["images"][0]).is_absolute() for arm in ARMS for r in read_jsonl(tmp_path / "a" / arm / "captions.jsonl"))
-    for arm in ARMS:
+    other = {arm: (tmp_path / "c" / arm / "captions.jsonl").read_text() for arm in ARMS}
+    assert {arm for arm in ARMS if other[arm] != text[arm]} == {"mix", "shuffled"} | ({"random"} if 0 < len(kept) < 24 else set())
+    for arm, found in make(1).items():
         lineage = read_jsonl(tmp_path / "a" / arm / "lineage.jsonl")
         assert len(lineage) == gated.rows and sum(line["status"] == "kept" for line in lineage) == sizes[arm]
         assert all({"id", "status", "by", "raw_caption", "final_caption"} <= set(line) for line in lineage)
+        wanted = [(line["id"], text_of(line["final_caption"])) for line in found if line["status"] == "kept"]
+        written = read_jsonl(tmp_path / "a" / arm / "captions.jsonl")
+        assert [(r["id"], r["text"]) for r in written] == wanted and not any(Path(r["images"][0]).is_absolute() for r in written)
+
+
+@needs_weights
+def test_arms_hold_what_they_say(run, gated, recipe, tmp_path):
+    _, lines = run
+    rows, new = gated.accepted, {line["id"]: line["final_caption"] for line in run[1] if "caption_status" in line}
+    raw = {str(r["id"]): caption_of(r["text"]) for r in rows}
+    agreement = {i: float(k) for k, i in enumerate(raw)}
+    made = arm_lines(["blip2", "mix", "worst_half", "shuffled"], rows, gated.rejected, lines, (), agreement, .5, 0)
+    said = {arm: {line["id"]: line["final_caption"] for line in found if line["status"] == "kept"} for arm, found in made.items()}
+    assert said["blip2"] == new
+    assert all(said["mix"][i] in (raw[i], new[i]) for i in raw) and 4 <= sum(said["mix"][i] == new[i] for i in raw) <= 20
+    assert said["worst_half"] == {i: new[i] if k < 12 else raw[i] for k, i in enumerate(raw)}
+    assert sorted(said["shuffled"].values()) == sorted(raw.values()) and list(said["shuffled"].values()) != list(raw.values())
+    fewer = arm_lines(["mix"], rows[1:], gated.rejected, lines[1:], (), agreement, .5, 0)["mix"]
+    assert [line["final_caption"] for line in fewer] == [line["final_caption"] for line in made["mix"][1:]]   # a row's chance is its own
+
+
+@needs_weights
+def test_the_way_of_each_row(run, gated, recipe, tmp_path):
+    _, lines = run
+    made = arm_lines(["raw", "blip2_filtered"], gated.accepted, gated.rejected, lines)
+    write_lineage(tmp_path / "enhance/lineage.parquet", lineage_rows(recipe, lines, made))
+    names = [name for name, _ in operators(recipe)]
+    for line in lines:
+        if line["id"] is None or sum(other["id"] == line["id"] for other in lines) > 1: continue
+        way = {step["step"]: step["what"] for step in trace(tmp_path, line["id"])}
+        if "caption_status" not in line: assert way["gate"] == f"rejected: {line['by']}" and not set(names) & set(way); continue
+        assert way["gate"] == "accepted" and way["new caption"] == line["final_caption"] and way["trained on in raw"] == line["raw_caption"]
+        after = names.index(line["by"]) if line["by"] else len(names)
+        assert [way[n] for n in names] == ["captioned"] + ["passed"] * (after - 1) + ["dropped"] * bool(line["by"]) + ["not reached"] * max(len(names) - after - 1, 0)
+        assert ("trained on in blip2_filtered" in way) == (not line["by"])
+    with pytest.raises(UserError, match="has no row nobody"): trace(tmp_path, "nobody")
+    with pytest.raises(UserError, match="no enhancement yet"): trace(tmp_path / "x", "a")
 
 
 @needs_weights
@@ -146,6 +190,7 @@ def test_statistics(run, world):
     _, lines = run
     stats = change_stats(lines, seed=1)
     assert stats["raw"]["captions"] == 24 and set(stats) == set(caption_sets(lines))
+    for r in shift_rows(lines): assert r["low"] <= r["difference"] <= r["high"] and r["difference"] == pytest.approx(r["after"] - r["before"]) and 0 <= r["ks"] <= 1
     known = with_scenes(lines, read_jsonl(world / "truth.jsonl"))
     found = {name: mentions(*pairs) for name, pairs in known.items()}
     assert all(m["right"] <= min(m["there"], m["named"]) for kinds in found.values() for m in kinds.values())
@@ -154,7 +199,7 @@ def test_statistics(run, world):
 @needs_weights
 def test_unchanged_is_reused_and_changed_is_not(run, gated, world, recipe, tmp_path, monkeypatch):
     folder, rows, asked = run[0], gated.accepted, []
-    monkeypatch.setattr(enhance, "dj_process", lambda *a: asked.append(a))
+    monkeypatch.setattr(recipe_module, "dj_process", lambda *a: asked.append(a))
     assert run_recipe(rows, world, recipe, folder) == folder and not asked
     other = shutil.copytree(weights_dir() / "blip2", tmp_path / "blip2")
     base = dj_fingerprint(rows, world, recipe)
@@ -193,7 +238,7 @@ def test_reason_of_a_failure(tmp_path):
 
 KILLED = """
 import os, sys, time
-from blip2mgm.enhance import start
+from blip2mgm.recipe import start
 p = start(["sh", "-c", f"sleep 61.7 & echo $$ > {sys.argv[1]}; sleep 61.7"], dict(os.environ))
 time.sleep(60)
 """
@@ -225,7 +270,7 @@ def test_plain_dj_process_takes_the_recipe(world, gated, tmp_path):
     rows.write_text("".join(json.dumps(r | {"images": [str(world / p) for p in r["images"]]}) + "\n" for r in gated.accepted[:6]))
     command = [sys.executable, Path(sys.executable).parent / "dj-process", "--config", RECIPE.relative_to(ROOT), "--dataset_path", rows,
                "--export_path", tmp_path / "out/rows.jsonl"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=enhance.environment(2))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
     assert done.returncode == 0, done.stderr[-3000:]
     for row in read_jsonl(tmp_path / "out/rows.jsonl"):
         assert row["caption_status"] == "ok" and caption_of(row["text"]) == row["caption"]
