@@ -19,7 +19,7 @@ def test_the_record_meets_the_bar(record, pictures, attribute):
     assert record["blip2_captions"][pictures][attribute]["share"] >= WANTED[attribute]
 
 
-@pytest.mark.parametrize("question", ["read color", "read shape", "read existence", "read letter", "seen color", "seen shape", "seen existence", "seen count"])
+@pytest.mark.parametrize("question", ["read color", "read shape", "read existence", "read letter", "seen color", "seen shape", "seen existence", "seen count", "read relation", "seen relation", "seen letter"])
 def test_gemma_looks_up_what_it_is_asked(record, question):
     accuracy = next(p for p in record["parts"] if p["part"] == "gemma")["accuracy"]
     assert accuracy[question] >= .9
