@@ -132,15 +132,14 @@ def iter_lines(path: str | Path) -> Iterator[tuple[object, str]]:
         yield (unread(line), problem) if problem else (row, "")
 
 # %% ../nbs/02_data.ipynb #02-data-022
-def _is_simple(line: bytes) -> bool:
-    "Whether a line may be given to Arrow: one object, not deeply nested, and no number that JSON does not know."
-    return line.startswith(b"{") and line.rstrip().endswith(b"}") and line.count(b"{") + line.count(b"[") < 16 and b"NaN" not in line and b"Infinity" not in line
-
 def _by_arrow(lines: list[bytes]):
-    "A table of the rows in lines of JSON, or None if Arrow finds fault with one."
+    "A table of the rows in lines of JSON, or None if Arrow finds fault with one, or must not be asked."
     import pyarrow as pa, pyarrow.json as pj
-    schema = pa.schema([("id", pa.string()), ("text", pa.string()), ("images", pa.list_(pa.string()))])
     block = b"\n".join(lines)
+    one_a_line = block[:1] == b"{" and block[-1:] == b"}" and block.count(b"}\n{") == len(lines) - 1
+    flat = block.count(b"{") + block.count(b"[") <= 2 * min(len(lines), 1000) + 500   # it does not survive thousands of brackets within each other
+    if not one_a_line or not flat or b"NaN" in block or b"Infinity" in block: return None
+    schema = pa.schema([("id", pa.string()), ("text", pa.string()), ("images", pa.list_(pa.string()))])
     try:
         block.decode()
         table = pj.read_json(pa.BufferReader(block), pj.ReadOptions(use_threads=False, block_size=len(block) + 1), pj.ParseOptions(explicit_schema=schema))
@@ -150,7 +149,7 @@ def _by_arrow(lines: list[bytes]):
 # %% ../nbs/02_data.ipynb #02-data-023
 def plain_rows(lines: list[bytes], least: int = 16) -> list[tuple[str, str, list] | None]:
     "Id, text and images of each line of JSON that is a plain row; None for a line that `parse_line` has to look at."
-    table = _by_arrow(lines) if all(map(_is_simple, lines)) else None
+    table = _by_arrow(lines)
     if table is not None and "conversations" not in table.column_names:
         rows = zip(*(table[name].to_pylist() for name in ("id", "text", "images")))
         return [None if id is None or text is None or images is None or None in images else (id, text, images) for id, text, images in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -21,7 +22,7 @@ __all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'FLAGS', 'REPETITIVE', 
            'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words', 'numbered', 'mattr', 'mtld', 'expected_types',
            'hdd', 'compression', 'self_repetition', 'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate',
            'take_apart', 'Corpus', 'gram_keys', 'inside_one', 'corpus_of', 'diversity', 'common_budget', 'power_law',
-           'minhash_key', 'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
+           'minhash_keys', 'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-005
 _word = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -274,7 +275,8 @@ class _Vocabulary(dict):
         import numpy as np
         coded = words.dictionary_encode()
         numbers = [self[word.decode()] for word in coded.dictionary.to_pylist()]
-        return np.array(numbers, np.uint32)[coded.indices.to_numpy()]
+        places = np.frombuffer(coded.indices.buffers()[1], np.int32, len(words)) if len(words) else []   # Arrow's own `to_numpy` loads pandas
+        return np.array(numbers, np.uint32)[places]
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-050
 def take_apart(captions: list[str], vocabulary: _Vocabulary):
@@ -508,72 +510,108 @@ def power_law(x, y) -> dict | None:
     return {"factor": float(np.exp(start)), "exponent": float(slope), "r2": float(1 - left / spread) if spread > 0 else None}
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-077
-@patch
-def top_grams(self: Corpus, n: int, top: int = 30, room: int = 4_000_000) -> dict:
-    "The number of runs of `n` words (2 or 3), how many of them are different, and the most frequent."
+def _gram_codes(self: Corpus, n: int) -> Iterator:
+    "Runs of `n` words as numbers with 21 bits a word (two million words; beyond them a run is left out)."
     import numpy as np
-    parts, total, distinct, best = max(1, -(-int(self.counts.sum()) // room)), 0, 0, Counter()
-    for part in range(parts):
-        keys = np.concatenate([np.zeros(0, np.uint64), *[k[_spread(k) % np.uint64(parts) == part] for k in _gram_codes(self, n)]])
+    for ids, rows in _slices(self):
+        if len(ids) < n: continue
+        keys = np.zeros(len(ids) - n + 1, np.uint64)
+        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(keys) + k]
+        known = ids < 1 << 21
+        yield keys[inside_one(rows, n) & np.logical_and.reduce([known[k:len(keys) + k] for k in range(n)])]
+
+def _dealt(codes: Iterator, parts: int) -> Iterator:
+    "All codes in `parts` arrays, equal ones in the same."
+    import tempfile, numpy as np
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile(prefix="runs")) for _ in range(parts)]
+        for keys in codes:
+            part = (keys * np.uint64(_mix) >> np.uint64(40)).astype(np.uint32) % parts
+            order = np.argsort(part.astype(np.uint16), kind="stable")
+            ends = np.bincount(part, minlength=parts).cumsum()
+            for file, some in zip(files, np.split(keys[order], ends[:-1])): file.write(some.tobytes())
+        for file in files:
+            file.seek(0)
+            yield np.frombuffer(file.read(), np.uint64)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-078
+@patch
+def top_grams(self: Corpus, n: int, top: int = 30, room: int = 1 << 18) -> dict:
+    "The number of runs of `n` words (2 or 3), how many of them are different, and the most frequent; about `room` runs are in memory at a time."
+    import numpy as np
+    parts, total, distinct, best = min(256, int(self.counts.sum()) // room + 1), 0, 0, Counter()
+    for keys in _dealt(_gram_codes(self, n), parts):
         keys, times = np.unique(keys, return_counts=True)
         total, distinct = total + int(times.sum()), distinct + len(keys)
         for i in np.argsort(-times, kind="stable")[:top]: best[int(keys[i])] = int(times[i])
     spelled = lambda key: " ".join(self.vocabulary.words[key >> 21 * k & 0x1fffff] for k in range(n - 1, -1, -1))
     return {"runs": total, "different": distinct, "most_frequent": [(spelled(key), times) for key, times in best.most_common(top)]}
 
-def _spread(keys):
-    import numpy as np
-    return keys * np.uint64(_mix) >> np.uint64(40)
-
-def _gram_codes(self: Corpus, n: int):
-    "Runs of `n` words as numbers with 21 bits a word (two million words; beyond them a run is left out)."
-    import numpy as np
-    for ids, rows in _slices(self):
-        if len(ids) < n: continue
-        ids, keys = ids.astype(np.uint64), np.zeros(len(ids) - n + 1, np.uint64)
-        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(ids) - n + 1 + k]
-        yield keys[inside_one(rows, n)]
-
-# %% ../nbs/03_lexical.ipynb #03-lexical-080
-def minhash_key(ids, lengths, band: int):
-    "One key of 64 bits for each caption, equal for captions whose word sets agree under four hash functions of this band."
-    import numpy as np
-    starts, keys, full = np.cumsum(lengths) - lengths, np.zeros(len(lengths), np.uint64), lengths > 0
-    x = np.arange(1, int(ids.max(initial=0)) + 2, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)   # of each word, not each time it is said
-    for k in range(4 * band, 4 * band + 4):
-        h = (x ^ x >> np.uint64(31) ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
-        least = np.zeros(len(lengths), np.uint64)
-        if full.any(): least[full] = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32)[ids], starts[full])
-        keys = (keys ^ least) * np.uint64(0x165667B19E3779F9)
-    return keys
-
 # %% ../nbs/03_lexical.ipynb #03-lexical-081
-def _band_keys(self: Corpus, band: int):
-    "The key of every caption in one band."
+def _hashed(ids):
+    "A well-mixed number for each word."
     import numpy as np
-    offsets, keys = _offsets(self), []
-    for first, (ids, _) in enumerate(_slices(self)): keys.append(minhash_key(ids, np.diff(offsets[20_000 * first:20_000 * (first + 1) + 1]), band))
-    return np.concatenate([np.zeros(0, np.uint64), *keys])
+    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    return x ^ x >> np.uint64(31)
 
+def minhash_keys(words, lengths, bands: int):
+    "For each band one key of 32 bits a caption, equal for captions whose word sets agree under the four hash functions of this band."
+    import numpy as np
+    starts, full, keys = np.cumsum(lengths) - lengths, lengths > 0, np.zeros((bands, len(lengths)), np.uint64)
+    for k in range(4 * bands if full.any() else 0):
+        h = (words ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
+        least = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32), starts[full])
+        keys[k // 4, full] = (keys[k // 4, full] ^ least) * np.uint64(0x165667B19E3779F9)
+    return (keys >> np.uint64(32)).astype(np.uint32)
+
+def _bitmaps(words, lengths):
+    "Each caption's words as marks in 64 bits."
+    import numpy as np
+    marks, out, full = np.uint64(1) << (words >> np.uint64(58)), np.zeros(len(lengths), np.uint64), lengths > 0
+    if full.any(): out[full] = np.bitwise_or.reduceat(marks, (np.cumsum(lengths) - lengths)[full])
+    return out
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-082
+def _signatures(self: Corpus, bands: int) -> tuple:
+    "Keys by band, bitmap and number of words of every caption."
+    import numpy as np
+    lengths = np.concatenate([np.zeros(0, np.uint32), *self.lengths])
+    keys, marks = np.zeros((bands, len(lengths)), np.uint32), np.zeros(len(lengths), np.uint64)
+    for ids, rows in _slices(self, 5000):
+        if not len(rows): continue
+        part = slice(rows[0], rows[-1] + 1)
+        words = _hashed(ids)
+        keys[:, part], marks[part] = minhash_keys(words, lengths[part].astype(np.int64), bands), _bitmaps(words, lengths[part].astype(np.int64))
+    return keys, marks, lengths
+
+def _may_overlap(x: tuple, y: tuple, overlap: float):
+    "Which pairs of (bitmap, number of words) can reach the overlap: each bit that differs is a word that only one of them has."
+    import numpy as np
+    (a, m), (b, n) = x, y
+    return np.bitwise_count(a ^ b) <= (m + n).astype(float) * (1 - overlap) / (1 + overlap) + 1e-9
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-085
 def _cells(corpus: Corpus, rows, offsets):
     "The word set of each of the captions `rows`, as (place in `rows`, word) packed in one number."
     import numpy as np
-    lengths = offsets[rows + 1] - offsets[rows]
-    at = np.arange(lengths.sum()) + np.repeat(offsets[rows] - lengths.cumsum() + lengths, lengths)
-    words = np.memmap(corpus.file, np.uint32, "r")[at]   # pages of the file, which the system takes back when it needs them
-    cells = np.sort(np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words)
+    words = [_words_at(corpus, offsets[row], offsets[row + 1]) for row in rows]
+    cells = np.repeat(np.arange(len(rows), dtype=np.uint64), [len(w) for w in words]) << np.uint64(32) | np.concatenate(words)
+    cells.sort()
     return cells[np.r_[True, cells[1:] != cells[:-1]]] if len(cells) else cells   # numpy's own `unique` takes ten times as long
 
-def overlaps(a: Corpus, b: Corpus, pairs):
+def overlaps(a: Corpus, b: Corpus, pairs, batch: int = 5000):
     "The Jaccard overlap of word sets for pairs (a row of `a`, a row of `b`); both must count words by one vocabulary."
     import numpy as np
-    if not len(pairs): return np.zeros(0)
-    x, y = _cells(a, pairs[:, 0], _offsets(a)), _cells(b, pairs[:, 1], _offsets(b))
-    count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(pairs))
-    both = count(np.intersect1d(x, y, assume_unique=True))
-    return both / np.maximum(count(x) + count(y) - both, 1)
+    out, of_a, of_b = [np.zeros(0)], _offsets(a), _offsets(b)
+    for corpus in (a, b): corpus.file.flush()
+    for some in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
+        x, y = _cells(a, some[:, 0], of_a), _cells(b, some[:, 1], of_b)
+        count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(some))
+        both = count(np.intersect1d(x, y, assume_unique=True))
+        out.append(both / np.maximum(count(x) + count(y) - both, 1))
+    return np.concatenate(out)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-082
+# %% ../nbs/03_lexical.ipynb #03-lexical-086
 def neighbours(keys, groups):
     "Pairs of rows with one key and of different groups so far: each row with the one before it and with the first, in the order of keys."
     import numpy as np
@@ -582,51 +620,61 @@ def neighbours(keys, groups):
     first = np.arange(len(keys))
     first[same] = 0
     first = np.maximum.accumulate(first)[same]
-    pairs = np.concatenate([np.stack([order[same - 1], order[same]], 1), np.stack([order[first], order[same]], 1)])
-    return np.unique(np.sort(pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]], 1), axis=0)
+    a, b = np.concatenate([order[same - 1], order[first]]), np.tile(order[same], 2)   # rows with one key stay in their order, so a < b
+    apart = groups[a] != groups[b]
+    pairs = np.sort(a[apart] << 32 | b[apart])
+    pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]] if len(pairs) else pairs
+    return np.stack([pairs >> 32, pairs & 0xffffffff], 1)
 
 def join(groups, pairs):
     "Groups, each named by its lowest row, after joining those of each pair."
     import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
+    if not len(pairs): return groups
     ends, n = groups[pairs], len(groups)
     whole = connected_components(coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (n, n)), directed=False)[1][groups]
-    _, first, place = np.unique(whole, return_index=True, return_inverse=True)
-    return first[place]
+    first = np.full(whole.max() + 1, n)
+    np.minimum.at(first, whole, np.arange(n))
+    return first[whole]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-084
+# %% ../nbs/03_lexical.ipynb #03-lexical-088
+def _same_words(corpus: Corpus, lengths):
+    "For each caption the first row with the same words in the same order; captions without words stay alone."
+    import numpy as np
+    hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
+    _, first, place = np.unique(hashes, return_index=True, return_inverse=True)
+    return np.where(lengths > 0, first[place], np.arange(len(hashes))) if len(hashes) else np.zeros(0, int)
+
 @patch
-def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8, batch: int = 20_000):
+def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8):
     "For each caption the first row of its group; a group is linked by overlaps of at least `overlap`. Captions without words stay alone."
     import numpy as np
-    hashes, lengths = (np.concatenate([np.zeros(0, np.uint64), *parts]) for parts in (self.hashes, self.lengths))
-    _, first, place = np.unique(hashes, return_index=True, return_inverse=True)   # the same words are one group from the start
-    groups = np.where(lengths > 0, first[place], np.arange(len(hashes))) if len(hashes) else np.zeros(0, int)
+    keys, marks, lengths = _signatures(self, bands)
+    groups = _same_words(self, lengths)
     lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0))
     for band in range(bands if len(lone) > 1 else 0):
-        pairs = lone[neighbours(_band_keys(self, band)[lone], groups[lone])]
-        for part in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
-            part = part[groups[part[:, 0]] != groups[part[:, 1]]]
-            groups = join(groups, part[overlaps(self, self, part) >= overlap])
+        pairs = lone[neighbours(keys[band][lone], groups[lone])]
+        a, b = pairs.T
+        pairs = pairs[_may_overlap((marks[a], lengths[a]), (marks[b], lengths[b]), overlap)]
+        groups = join(groups, pairs[overlaps(self, self, pairs) >= overlap])
     return groups
 
 def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> list[tuple[int, int, float]]:
     "Captions of a held-out set with a near-duplicate in training: (its row, a training row, their overlap), the closest one each."
     import numpy as np
-    best = {}
-    for band in range(bands if held.captions and train.captions else 0):
-        keys, asked = _band_keys(train, band), _band_keys(held, band)
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-        hit = np.flatnonzero((keys[at] == asked) & (np.concatenate(held.lengths) > 0))
+    if not held.captions or not train.captions: return []
+    (asked, _, lengths), (keys, _, _), best = _signatures(held, bands), _signatures(train, bands), {}
+    for band in range(bands):
+        order = np.argsort(keys[band], kind="stable")
+        at = np.minimum(np.searchsorted(keys[band], asked[band], sorter=order), len(order) - 1)
+        hit = np.flatnonzero((keys[band][order[at]] == asked[band]) & (lengths > 0))
         pairs = np.stack([hit, order[at[hit]]], 1)
         for (row, other), x in zip(pairs.tolist(), overlaps(held, train, pairs).tolist()):
             if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x
     return [(row, *found) for row, found in sorted(best.items())]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-087
+# %% ../nbs/03_lexical.ipynb #03-lexical-091
 def describe_corpus(
     corpus: Corpus,
     budget: int | None = None,  # words a block for the diversity; the largest that gives 20 blocks if not given (1,000 at most)

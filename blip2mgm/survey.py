@@ -208,10 +208,14 @@ def look_at_rows(
 # %% ../nbs/06_survey.ipynb #06-survey-024
 def count_rows(source: str | Path) -> int:
     "How many rows a file or folder of shards holds."
-    import pyarrow.parquet as pq
-    count = lambda rows: sum(1 for _ in rows)
-    known = {".jsonl": lambda file: count(numbered_lines(file)), ".ndjson": lambda file: count(numbered_lines(file)), ".parquet": lambda file: pq.read_metadata(file).num_rows}
-    return sum(known.get(format_of(file), lambda file: count(iter_rows(file)))(file) for file in files_in(source))
+    return sum(_rows_in(file) for file in files_in(source))
+
+def _rows_in(file: Path) -> int:
+    "How many rows one file holds."
+    if format_of(file) == ".parquet":
+        import pyarrow.parquet as pq
+        return pq.read_metadata(file).num_rows
+    return sum(1 for _ in (numbered_lines if format_of(file) in (".jsonl", ".ndjson") else iter_rows)(file))
 
 def _has_lines(source) -> bool:
     "Whether every row of a source is a line of its own."
