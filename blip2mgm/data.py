@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +26,11 @@ from .core import UserError, atomic_path, show_table
 
 # %% auto #0
 __all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'FORMATS', 'MAX_PIXELS', 'count_images',
-           'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'numbered_lines', 'unread', 'iter_lines',
-           'plain_rows', 'read_dj', 'write_dj', 'iter_json', 'read_llava', 'as_row', 'format_of', 'files_in',
-           'iter_rows', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode', 'header',
-           'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate', 'save_gate',
-           'write_parquet', 'to_llava', 'write_llava']
+           'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'numbered_lines', 'count_lines', 'unread',
+           'iter_lines', 'plain_rows', 'read_dj', 'write_dj', 'iter_json', 'read_llava', 'as_row', 'format_of',
+           'files_in', 'iter_rows', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode',
+           'header', 'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate',
+           'save_gate', 'write_parquet', 'to_llava', 'write_llava']
 
 # %% ../nbs/02_data.ipynb #02-data-005
 IMAGE, END = "<__dj__image>", "<|__dj__eoc|>"
@@ -39,7 +40,7 @@ _special = re.compile("|".join(map(re.escape, (*IMAGE_TOKENS, END))))
 # %% ../nbs/02_data.ipynb #02-data-006
 def count_images(text: str) -> int:
     "How many picture tokens the text holds, in either spelling."
-    return sum(map(text.count, IMAGE_TOKENS))
+    return text.count(IMAGE_TOKENS[0]) + text.count(IMAGE_TOKENS[1])
 
 def caption_of(text: str) -> str:
     "The caption alone: special tokens removed, white space at the ends and around them too."
@@ -112,12 +113,20 @@ def open_bytes(path: str | Path):
         raise UserError(f"{path} is damaged or cut short ({_brief(str(e))}): fetch it again") from None
 
 # %% ../nbs/02_data.ipynb #02-data-020
+_BLANK = b" \t\r\n"
+
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     "The lines of a file that are not blank, without the spaces around them, and with their numbers."
     with open_bytes(path) as f:
         for number, line in enumerate(f, 1):
             if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
-            if line := line.strip(b" \t\r\n"): yield number, line
+            if line := line.strip(_BLANK): yield number, line
+
+def count_lines(path: str | Path) -> int:
+    "How many lines of a file are not blank, as `numbered_lines` gives them."
+    with open_bytes(path) as f:
+        first = f.readline().removeprefix(b"\xef\xbb\xbf").strip(_BLANK)
+        return bool(first) + sum(map(bool, map(methodcaller("strip", _BLANK), f)))
 
 def unread(line: bytes) -> dict:
     "A row that stands for a line that could not be read, holding the whole of it."

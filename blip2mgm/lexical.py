@@ -328,16 +328,20 @@ def inside_one(rows, n: int):
 def _repetitive(ids, rows, n_rows: int):
     "Which captions repeat more than `REPETITIVE` of their runs of three words."
     import numpy as np
-    fits = inside_one(rows, 3) if len(ids) > 2 else np.zeros(0, bool)
-    if not fits.any(): return np.zeros(n_rows, bool)
-    a, at = ids.astype(np.uint64), rows[:-2][fits]
-    runs = (((a[:-2] * np.uint64(0x9E3779B97F4A7C15) + a[1:-1]) * np.uint64(0xC2B2AE3D27D4EB4F) + a[2:]) * np.uint64(0x165667B19E3779F9))[fits] + at.astype(np.uint64)
-    runs *= np.uint64(0x9E3779B97F4A7C15)
+    if len(ids) < 3: return np.zeros(n_rows, bool)
+    inside = inside_one(rows, 3)
+    runs, at = _mixed(ids, rows)[inside], rows[:-2][inside]
     ordered = np.sort(runs)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(twice): return np.zeros(n_rows, bool)
     again = np.bincount(at, np.isin(runs, twice), n_rows)
     return again > REPETITIVE * np.bincount(at, minlength=n_rows)
+
+def _mixed(ids, rows):
+    "One number for each run of three words and the caption it is in."
+    import numpy as np
+    a, first, second, third = ids.astype(np.uint64), *map(np.uint64, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+    return (((a[:-2] * first + a[1:-1]) * second + a[2:]) * third + rows[:-2].astype(np.uint64)) * first
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-056
 _mix = 0x9E3779B97F4A7C15
@@ -629,14 +633,15 @@ def neighbours(keys, groups):
 def join(groups, pairs):
     "Groups, each named by its lowest row, after joining those of each pair."
     import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    if not len(pairs): return groups
-    ends, n = groups[pairs], len(groups)
-    whole = connected_components(coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (n, n)), directed=False)[1][groups]
-    first = np.full(whole.max() + 1, n)
-    np.minimum.at(first, whole, np.arange(n))
-    return first[whole]
+    while len(pairs):
+        ends = groups[pairs]
+        apart = ends[:, 0] != ends[:, 1]
+        if not apart.any(): break
+        pairs, ends = pairs[apart], ends[apart]
+        groups = groups.copy()
+        np.minimum.at(groups, ends.max(1), ends.min(1))   # the higher name points to the lower one
+        while (groups[groups] != groups).any(): groups = groups[groups]
+    return groups
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-088
 def _same_words(corpus: Corpus, lengths):

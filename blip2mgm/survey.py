@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .core import atomic_path, code_hash, read_json, track
-from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, count_images, files_in, format_of, is_blank,
+from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, count_images, count_lines, files_in, format_of, is_blank,
                            iter_rows, judge, look_at, numbered_lines, open_picture, parse_line, plain_rows, strict_pillow, unread)
 from .lexical import FLAGS, RULES, Corpus, describe_corpus, join, leaks, length_stats, power_law
 
@@ -159,6 +160,7 @@ def alike(pictures: Pictures, near: int = 4) -> dict:
 # %% ../nbs/06_survey.ipynb #06-survey-019
 FIELDS = ("id", "text", "images")
 COLUMNS = ("id", "reason", "caption", "pictures", "filled", "raw")
+_ALL_FILLED, _PLAIN_STARTS = (True, True, True), frozenset(string.ascii_letters + string.digits)
 
 def _filled(row: object) -> tuple[bool, bool, bool]:
     "Which of the fields of a row are there and not empty (a conversation is text, one image is images)."
@@ -180,8 +182,9 @@ def _plain(row: tuple | None, line: bytes) -> tuple | None:
     if not row or not row[0].strip(): return None
     id, text, images = row
     caption = caption_of(text)
-    if not images or count_images(text) != len(images) or is_blank(caption): return None
-    return id, "", caption, {}, (True, True, True), line.decode()
+    if caption[:1] not in _PLAIN_STARTS and is_blank(caption): return None
+    if not images or count_images(text) != len(images): return None
+    return id, "", caption, {}, _ALL_FILLED, line.decode()
 
 def _read(number: int, line: bytes) -> tuple:
     "The row in a line, what is wrong with it, and the line as text."
@@ -215,7 +218,7 @@ def _rows_in(file: Path) -> int:
     if format_of(file) == ".parquet":
         import pyarrow.parquet as pq
         return pq.read_metadata(file).num_rows
-    return sum(1 for _ in (numbered_lines if format_of(file) in (".jsonl", ".ndjson") else iter_rows)(file))
+    return count_lines(file) if format_of(file) in (".jsonl", ".ndjson") else sum(1 for _ in iter_rows(file))
 
 def _has_lines(source) -> bool:
     "Whether every row of a source is a line of its own."
