@@ -22,7 +22,7 @@ __all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'FLAGS', 'REPETITIVE', 
            'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words', 'numbered', 'mattr', 'mtld', 'expected_types',
            'hdd', 'compression', 'self_repetition', 'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate',
            'take_apart', 'Corpus', 'gram_keys', 'inside_one', 'corpus_of', 'diversity', 'common_budget', 'power_law',
-           'minhash_keys', 'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
+           'minhash_key', 'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-005
 _word = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -400,10 +400,15 @@ def _count(self: Corpus, ids, found: dict) -> dict:
     return found
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-063
+def _lengths(self: Corpus):
+    "How many words each caption has."
+    import numpy as np
+    return np.concatenate([np.zeros(0, np.uint32), *self.lengths])
+
 def _offsets(self: Corpus):
     "Where each caption's words begin in the file; one more than there are captions."
     import numpy as np
-    return np.concatenate([np.zeros(1, np.int64), *[part.astype(np.int64) for part in self.lengths]]).cumsum()
+    return np.append(0, _lengths(self).cumsum(dtype=np.int64))
 
 def _slices(self: Corpus, captions: int = 20_000) -> Iterator[tuple]:
     "The words of some captions at a time, with the number of the caption that each is in."
@@ -558,14 +563,14 @@ def _hashed(ids):
     x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     return x ^ x >> np.uint64(31)
 
-def minhash_keys(words, lengths, bands: int):
-    "For each band one key of 32 bits a caption, equal for captions whose word sets agree under the four hash functions of this band."
+def minhash_key(words, lengths, band: int):
+    "One key of 32 bits a caption, equal for captions whose word sets agree under the four hash functions of this band."
     import numpy as np
-    starts, full, keys = np.cumsum(lengths) - lengths, lengths > 0, np.zeros((bands, len(lengths)), np.uint64)
-    for k in range(4 * bands if full.any() else 0):
+    starts, full, keys = np.cumsum(lengths) - lengths, lengths > 0, np.zeros(len(lengths), np.uint64)
+    for k in range(4 * band, 4 * band + 4 if full.any() else 0):
         h = (words ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
         least = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32), starts[full])
-        keys[k // 4, full] = (keys[k // 4, full] ^ least) * np.uint64(0x165667B19E3779F9)
+        keys[full] = (keys[full] ^ least) * np.uint64(0x165667B19E3779F9)
     return (keys >> np.uint64(32)).astype(np.uint32)
 
 def _bitmaps(words, lengths):
@@ -576,17 +581,16 @@ def _bitmaps(words, lengths):
     return out
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-082
-def _signatures(self: Corpus, bands: int) -> tuple:
-    "Keys by band, bitmap and number of words of every caption."
+def _each_caption(self: Corpus, what, kind: str, *args):
+    "One number for each caption: what `what(words, lengths, *args)` says, some captions at a time."
     import numpy as np
-    lengths = np.concatenate([np.zeros(0, np.uint32), *self.lengths])
-    keys, marks = np.zeros((bands, len(lengths)), np.uint32), np.zeros(len(lengths), np.uint64)
+    lengths, out = _lengths(self), np.zeros(self.captions, kind)
     for ids, rows in _slices(self, 5000):
-        if not len(rows): continue
-        part = slice(rows[0], rows[-1] + 1)
-        words = _hashed(ids)
-        keys[:, part], marks[part] = minhash_keys(words, lengths[part].astype(np.int64), bands), _bitmaps(words, lengths[part].astype(np.int64))
-    return keys, marks, lengths
+        part = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+        out[part] = what(_hashed(ids), lengths[part].astype(np.int64), *args)
+    return out
+
+def _band(self: Corpus, band: int): return _each_caption(self, minhash_key, "uint32", band)
 
 def _may_overlap(x: tuple, y: tuple, overlap: float):
     "Which pairs of (bitmap, number of words) can reach the overlap: each bit that differs is a word that only one of them has."
@@ -616,19 +620,19 @@ def overlaps(a: Corpus, b: Corpus, pairs, batch: int = 5000):
     return np.concatenate(out)
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-086
-def neighbours(keys, groups):
-    "Pairs of rows with one key and of different groups so far: each row with the one before it and with the first, in the order of keys."
+def neighbours(keys, batch: int = 1 << 17) -> Iterator[tuple]:
+    "Pairs (a, b) of places with one key, a before b: each with the one before it in the line of its key, then with the first of that line."
     import numpy as np
-    order = np.argsort(keys, kind="stable")
-    same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-    first = np.arange(len(keys))
+    line = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
+    line.sort()
+    same = np.flatnonzero(line[1:] >> np.uint64(32) == line[:-1] >> np.uint64(32)).astype(np.uint32) + np.uint32(1)
+    rows = line.astype(np.uint32)   # the lower half
+    first = np.arange(len(keys), dtype=np.uint32)
     first[same] = 0
     first = np.maximum.accumulate(first)[same]
-    a, b = np.concatenate([order[same - 1], order[first]]), np.tile(order[same], 2)   # rows with one key stay in their order, so a < b
-    apart = groups[a] != groups[b]
-    pairs = np.sort(a[apart] << 32 | b[apart])
-    pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]] if len(pairs) else pairs
-    return np.stack([pairs >> 32, pairs & 0xffffffff], 1)
+    far = first != same - 1
+    for ahead, here in ((same - 1, same), (first[far], same[far])):
+        for i in range(0, len(here), batch): yield rows[ahead[i:i + batch]], rows[here[i:i + batch]]
 
 def join(groups, pairs):
     "Groups, each named by its lowest row, after joining those of each pair."
@@ -644,36 +648,42 @@ def join(groups, pairs):
     return groups
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-088
-def _same_words(corpus: Corpus, lengths):
+def _same_words(hashes, lengths):
     "For each caption the first row with the same words in the same order; captions without words stay alone."
     import numpy as np
-    hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
-    _, first, place = np.unique(hashes, return_index=True, return_inverse=True)
-    return np.where(lengths > 0, first[place], np.arange(len(hashes))) if len(hashes) else np.zeros(0, int)
+    order = np.argsort(hashes, kind="stable")
+    line = hashes[order]
+    first = np.arange(len(line))
+    first[1:][line[1:] == line[:-1]] = 0
+    groups = np.empty(len(line), np.int64)
+    groups[order] = order[np.maximum.accumulate(first)]
+    return np.where(lengths > 0, groups, np.arange(len(line)))
 
 @patch
 def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8):
     "For each caption the first row of its group; a group is linked by overlaps of at least `overlap`. Captions without words stay alone."
     import numpy as np
-    keys, marks, lengths = _signatures(self, bands)
-    groups = _same_words(self, lengths)
-    lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0))
+    lengths = _lengths(self)
+    groups = _same_words(np.concatenate([np.zeros(0, np.uint64), *self.hashes]), lengths)
+    lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0)).astype(np.uint32)
+    marks = _each_caption(self, _bitmaps, "uint64")
     for band in range(bands if len(lone) > 1 else 0):
-        pairs = lone[neighbours(keys[band][lone], groups[lone])]
-        a, b = pairs.T
-        pairs = pairs[_may_overlap((marks[a], lengths[a]), (marks[b], lengths[b]), overlap)]
-        groups = join(groups, pairs[overlaps(self, self, pairs) >= overlap])
+        for a, b in neighbours(_band(self, band)[lone]):
+            a, b = lone[a], lone[b]
+            near = (groups[a] != groups[b]) & _may_overlap((marks[a], lengths[a]), (marks[b], lengths[b]), overlap)
+            pairs = np.stack([a[near], b[near]], 1).astype(np.int64)
+            groups = join(groups, pairs[overlaps(self, self, pairs) >= overlap])
     return groups
 
 def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> list[tuple[int, int, float]]:
     "Captions of a held-out set with a near-duplicate in training: (its row, a training row, their overlap), the closest one each."
     import numpy as np
-    if not held.captions or not train.captions: return []
-    (asked, _, lengths), (keys, _, _), best = _signatures(held, bands), _signatures(train, bands), {}
-    for band in range(bands):
-        order = np.argsort(keys[band], kind="stable")
-        at = np.minimum(np.searchsorted(keys[band], asked[band], sorter=order), len(order) - 1)
-        hit = np.flatnonzero((keys[band][order[at]] == asked[band]) & (lengths > 0))
+    best, lengths = {}, _lengths(held)
+    for band in range(bands if held.captions and train.captions else 0):
+        asked, keys = _band(held, band), _band(train, band)
+        order = np.argsort(keys, kind="stable")
+        at = np.minimum(np.searchsorted(keys, asked, sorter=order), len(order) - 1)
+        hit = np.flatnonzero((keys[order[at]] == asked) & (lengths > 0))
         pairs = np.stack([hit, order[at[hit]]], 1)
         for (row, other), x in zip(pairs.tolist(), overlaps(held, train, pairs).tolist()):
             if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x
@@ -689,11 +699,18 @@ def describe_corpus(
     import numpy as np
     tokens, n = int(corpus.counts.sum()), max(corpus.captions, 1)
     types, budget = int(np.count_nonzero(corpus.counts)), min(1000, tokens // 20) if budget is None else budget
-    hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
-    return {"captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
-            "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
-            "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
-            "unique_captions": len(np.unique(hashes)) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
+    return {
+        "captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
+        "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
+        "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
+        "unique_captions": _different(corpus.hashes) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
+
+def _different(parts: list) -> int:
+    "How many different numbers some arrays hold; sorted in place, which takes a third of the memory of numpy's `unique`."
+    import numpy as np
+    line = np.concatenate([np.zeros(0, np.uint64), *parts])
+    line.sort()
+    return len(line) and 1 + int(np.count_nonzero(line[1:] != line[:-1]))
 
 def describe(
     captions: list[str],
