@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .core import atomic_path, code_hash, read_json, track
-from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, count_images, count_lines, files_in, format_of, is_blank,
+from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, count_images, count_parquet, files_in, format_of, is_blank,
                            iter_rows, judge, look_at, numbered_lines, open_picture, parse_line, plain_rows, strict_pillow, unread)
 from .lexical import FLAGS, RULES, Corpus, describe_corpus, join, leaks, length_stats, power_law
 
@@ -215,10 +215,8 @@ def count_rows(source: str | Path) -> int:
 
 def _rows_in(file: Path) -> int:
     "How many rows one file holds."
-    if format_of(file) == ".parquet":
-        import pyarrow.parquet as pq
-        return pq.read_metadata(file).num_rows
-    return count_lines(file) if format_of(file) in (".jsonl", ".ndjson") else sum(1 for _ in iter_rows(file))
+    if format_of(file) == ".parquet": return count_parquet(file)
+    return sum(1 for _ in (numbered_lines if format_of(file) in (".jsonl", ".ndjson") else iter_rows)(file))
 
 def _has_lines(source) -> bool:
     "Whether every row of a source is a line of its own."
