@@ -17,7 +17,8 @@ from pathlib import Path
 from .core import Config, ConfigError, UserError, resolve, show_path, show_table, write_json, write_text
 
 # %% auto #0
-__all__ = ['RECIPE', 'OURS', 'BenchmarksConfig', 'make_rows', 'Cost', 'cost', 'peer_cost', 'our_cost', 'measured', 'text_steps']
+__all__ = ['RECIPE', 'OURS', 'BenchmarksConfig', 'shrunk', 'make_rows', 'Cost', 'cost', 'peer_cost', 'our_cost', 'measured',
+           'text_steps']
 
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-005
 @dataclass
@@ -27,6 +28,8 @@ class BenchmarksConfig(Config):
     sizes: str = "300 3000"  # rows, from small to large
     peer: str = "300"  # rows for Data-Juicer's analyser too
     pictures: str = "pictures/smoke"  # the world whose pictures the rows share
+    side: int = 0  # shrink the pictures to so many pixels a side; 0 leaves them as they are
+    depths: str = "text shape full"  # of the exploration: captions alone, sizes of pictures, all their pixels
     text: int = 20000  # captions for the measurement without pictures
     seed: int = 0  # of the captions
 
@@ -39,27 +42,43 @@ class BenchmarksConfig(Config):
         except ValueError: raise ConfigError(f"{name} must hold whole numbers with spaces between, not {getattr(self, name)!r}") from None
 
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-008
+def shrunk(folder: Path, out: Path, side: int) -> list[str]:
+    "The paths of a world's pictures that pass the gate; of copies with at most `side` pixels a side, if `side` is not 0."
+    from blip2mgm.data import gate, open_picture
+    paths = [folder/row["images"][0] for row in gate(folder/"captions.jsonl", folder).accepted]
+    if not side: return [str(path) for path in paths]
+    out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        im = open_picture(path)
+        im.thumbnail((side, side))
+        im.save(out/f"{path.stem}.jpg")
+    return [str(out/f"{path.stem}.jpg") for path in paths]
+
+def _scenes(rng, n: int) -> list[str]:
+    "Captions of `n` random scenes."
+    from blip2mgm.pictures import make_scene, raw_caption
+    scenes = [make_scene(rng) for _ in range(n + 1)]
+    return [raw_caption(scene, rng, other) for scene, other in zip(scenes, scenes[1:])]
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-009
 def make_rows(
-    folder: Path,  # a picture world
+    images: list[str],  # paths of pictures to share
     path: Path,  # the jsonl file to write
     n: int,
     seed: int = 0,
 ) -> Path:
-    "Writes `n` rows with fresh captions over the pictures of a world that pass the gate."
+    "Writes `n` rows with fresh captions over some pictures."
     import random
     from itertools import accumulate
-    from blip2mgm.data import gate, text_of, write_dj
-    from blip2mgm.pictures import make_scene, raw_caption
-    rng, images = random.Random(seed), [row["images"][0] for row in gate(folder/"captions.jsonl", folder).accepted]
-    scene, lexicon = make_scene(rng), ["".join(rng.choices(("ba", "ke", "lo", "mi", "nu", "ra", "so", "ti"), k=rng.randint(2, 5))) for _ in range(30_000)]
-    weights = list(accumulate(1 / (r + 3) for r in range(len(lexicon))))
-    def row(i):
-        nonlocal scene
-        scene, other = make_scene(rng), scene
-        return {"id": f"b{i:07}", "text": text_of(" ".join([raw_caption(scene, rng, other), *rng.choices(lexicon, cum_weights=weights, k=4)])), "images": [str(folder/rng.choice(images))]}
-    return write_dj(path, map(row, range(n)))
+    from blip2mgm.data import text_of, write_dj
+    rng = random.Random(seed)
+    scenes, syllables = _scenes(rng, 5000), ("ba", "ke", "lo", "mi", "nu", "ra", "so", "ti")
+    lexicon = ["".join(rng.choices(syllables, k=rng.randint(2, 5))) for _ in range(30_000)]
+    weights = list(accumulate(1 / (rank + 3) for rank in range(len(lexicon))))
+    caption = lambda: " ".join([rng.choice(scenes), *rng.choices(lexicon, cum_weights=weights, k=4)])
+    return write_dj(path, ({"id": f"b{i:07}", "text": text_of(caption()), "images": [rng.choice(images)]} for i in range(n)))
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-010
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-011
 @dataclass
 class Cost:
     "What a command took."
@@ -95,7 +114,7 @@ def cost(command: list[str], **env) -> Cost:
     if p.returncode: raise UserError(f"{' '.join(command[:3])} ... failed:\n{said[0][-2000:]}")
     return Cost(after.children_user - before.children_user + after.children_system - before.children_system, time.monotonic() - start, most / 2**20, said[0])
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-013
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-014
 RECIPE = """project_name: benchmark
 dataset_path: {rows}
 export_path: {out}/out.jsonl
@@ -105,7 +124,7 @@ process:
   - words_num_filter: {{lang: en, tokenization: false}}
   - image_shape_filter: {{}}
 """
-OURS = """from blip2mgm.explore import analyse, explore
+OURS = """from blip2mgm.survey import analyse, explore
 a = analyse(explore({rows!r}, {root!r}, {depth!r}, workers={workers}))
 assert a["rows"]["accepted"] == {n}, a["rejected_by"]
 """
@@ -120,30 +139,37 @@ def our_cost(rows: Path, root: Path, n: int, depth: str, workers: int = 1) -> Co
     "What the exploration takes, all its measures included."
     return cost([sys.executable, "-c", OURS.format(rows=str(rows), root=str(root), depth=depth, n=n, workers=workers)])
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-014
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-015
 def measured(cfg: BenchmarksConfig, folder: Path, world: Path) -> list[dict]:
     "One row for each size and way: rows per CPU second, memory, and the ratio to Data-Juicer where it ran."
-    out = []
+    out, images = [], shrunk(world, folder/f"side{cfg.side}", cfg.side)
     for n in sorted({*cfg.counts("sizes"), *cfg.counts("peer")}):
-        rows = make_rows(world, folder/f"rows{n}.jsonl", n, cfg.seed)
+        rows = make_rows(images, folder/f"rows{n}.jsonl", n, cfg.seed)
         peer = peer_cost(rows, folder/f"peer{n}") if n in cfg.counts("peer") else None
         ways = [("dj-analyze", peer)] if peer else []
-        if n in cfg.counts("sizes"): ways += [(f"explore, {depth}", our_cost(rows, world, n, depth)) for depth in ("shape", "full")]
-        for name, c in ways:
-            out.append({"rows": n, "what": name, "CPU s": round(c.cpu, 2), "rows per CPU s": round(n / c.cpu), "microseconds a row": round(1e6 * c.cpu / n, 1),
-                        "peak MiB": round(c.memory), "times dj-analyze": round(peer.cpu / c.cpu, 1) if peer else None})
+        if n in cfg.counts("sizes"): ways += [(f"explore, {depth}", our_cost(rows, folder, n, depth)) for depth in cfg.depths.split()]
+        out += [_in_figures(name, n, c, peer) for name, c in ways]
+        rows.unlink()
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-020
+def _in_figures(name: str, n: int, c: Cost, peer: Cost | None) -> dict:
+    "A row of the table."
+    return {"rows": n, "what": name, "CPU s": round(c.cpu, 2), "rows per CPU s": round(n / c.cpu), "microseconds a row": round(1e6 * c.cpu / n, 1),
+            "peak MiB": round(c.memory), "times dj-analyze": round(peer.cpu / c.cpu, 1) if peer and "text" not in name else None}
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-024
 def text_steps(rows: Path) -> list[dict]:
     "CPU microseconds a caption for the steps of an exploration without pictures, and captions a second in all."
-    from blip2mgm.explore import Exploration, analyse, batches, look_at_rows
-    found, spent, n, clock = Exploration("."), dict.fromkeys(("reading and the gate", "counting", "analysis"), 0.0), 0, time.process_time
-    for lines, kind in batches(rows):
-        a = clock(); batch = look_at_rows(lines, kind, ".", "text")
-        b = clock(); found.corpus.add(batch["caption"]); spent["counting"] += clock() - b
-        spent["reading and the gate"] += b - a
-        n += len(lines)
-    a = clock(); analyse(found); spent["analysis"] += clock() - a
-    total = sum(spent.values())
-    return [{"step": name, "microseconds a caption": round(1e6 * s / n, 2)} for name, s in spent.items()] + [{"step": "all", "microseconds a caption": round(1e6 * total / n, 2), "captions a second": round(n / total)}]
+    from blip2mgm.survey import Exploration, analyse, batches, look_at_rows
+    found, spent, clock = Exploration("."), {}, time.process_time
+    def timed(name, work, *args):
+        start = clock()
+        out = work(*args)
+        spent[name] = spent.get(name, 0) + clock() - start
+        return out
+    todo = timed("reading", lambda: list(batches(rows)))
+    for some, kind in todo: timed("adding up", found.add, timed("the gate", look_at_rows, some, kind, ".", "text"))
+    timed("analysis", analyse, found)
+    n, total = found.rows, sum(spent.values())
+    return [*({"step": name, "microseconds a caption": round(1e6 * s / n, 2)} for name, s in spent.items()),
+            {"step": "all", "microseconds a caption": round(1e6 * total / n, 2), "captions a second": round(n / total)}]

@@ -17,30 +17,31 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
 from .core import UserError, atomic_path, show_table
 
 # %% auto #0
-__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'FORMATS', 'MAX_PIXELS', 'count_images',
-           'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'iter_lines', 'parse_lines', 'read_dj',
-           'write_dj', 'iter_json', 'read_llava', 'as_row', 'format_of', 'files_in', 'iter_rows', 'Bad', 'Root',
-           'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode', 'header', 'as_seen', 'open_picture',
-           'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate', 'save_gate', 'write_parquet', 'to_llava',
-           'write_llava']
+__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'LONGEST', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'FORMATS', 'MAX_PIXELS',
+           'count_images', 'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'numbered_lines', 'unread',
+           'iter_lines', 'plain_rows', 'read_dj', 'write_dj', 'iter_json', 'read_llava', 'as_row', 'count_parquet',
+           'format_of', 'files_in', 'iter_rows', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image',
+           'Picture', 'decode', 'header', 'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge',
+           'iter_gate', 'gate', 'save_gate', 'write_parquet', 'to_llava', 'write_llava']
 
 # %% ../nbs/02_data.ipynb #02-data-005
 IMAGE, END = "<__dj__image>", "<|__dj__eoc|>"
 IMAGE_TOKENS = (IMAGE, "<image>")
-_image = re.compile("|".join(map(re.escape, IMAGE_TOKENS)))
 _special = re.compile("|".join(map(re.escape, (*IMAGE_TOKENS, END))))
 
 # %% ../nbs/02_data.ipynb #02-data-006
 def count_images(text: str) -> int:
     "How many picture tokens the text holds, in either spelling."
-    return len(_image.findall(text)) if "<" in text else 0
+    return text.count(IMAGE_TOKENS[0]) + text.count(IMAGE_TOKENS[1])
 
 def caption_of(text: str) -> str:
     "The caption alone: special tokens removed, white space at the ends and around them too."
@@ -60,6 +61,8 @@ def is_blank(text: str) -> bool:
     return not any(unicodedata.category(c)[0] not in "ZC" and c not in _hidden for c in text)
 
 # %% ../nbs/02_data.ipynb #02-data-013
+LONGEST = 1 << 26   # bytes in a line, a value or a member of a shard: 64 MiB
+
 def _pairs(pairs):
     "A dict of key-value pairs; a repeated key is an error."
     row = dict(pairs)
@@ -69,11 +72,16 @@ def _pairs(pairs):
 def _constant(name):
     raise ValueError(f"{name} is not JSON")
 
-_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+def _finite(digits):
+    if (number := float(digits)) in (float("inf"), float("-inf")): raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite)
 
 # %% ../nbs/02_data.ipynb #02-data-014
 def parse_line(line: bytes, number: int) -> tuple[object, str]:
     "The value in one line of a jsonl file, and the reason why there is none (or an empty string)."
+    if len(line) > LONGEST: return None, f"line too long: line {number} has more than {LONGEST >> 20} MiB"
     try:
         value, end = _decoder.raw_decode(text := line.decode())
         if text[end:].strip(): raise json.JSONDecodeError("Extra data", text, end)
@@ -113,25 +121,60 @@ def open_bytes(path: str | Path):
         raise UserError(f"{path} is damaged or cut short ({_brief(str(e))}): fetch it again") from None
 
 # %% ../nbs/02_data.ipynb #02-data-020
-def _unread(line: bytes) -> dict:
-    "A row that stands for a line that could not be read, holding the whole of it."
+_BLANK = b" \t\r\n"
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    "The lines of a file that are not blank, without the spaces around them, and with their numbers."
+    with open_bytes(path) as f:
+        for number, line in enumerate(iter(partial(f.readline, LONGEST + 1), b""), 1):
+            if len(line) > LONGEST: _skip_line(f)
+            if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
+            if line := line.strip(_BLANK): yield number, line
+
+def _skip_line(f):
+    "Passes over the rest of a line."
+    while (more := f.readline(LONGEST)) and not more.endswith(b"\n"): pass
+
+def unread(line: bytes) -> dict:
+    "A row that stands for a line that could not be read, holding the whole of it (the beginning, if it is too long to be held)."
     import base64
+    if len(line) > LONGEST: return {"raw": line[:1000].decode(errors="backslashreplace") + " ..."}
     text = line.decode(errors="backslashreplace")
     return {"raw": text} if text.encode() == line else {"raw": text, "raw_base64": base64.b64encode(line).decode()}
 
 def iter_lines(path: str | Path) -> Iterator[tuple[object, str]]:
     "The value and the problem (or an empty string) of every line that is not blank."
-    with open_bytes(path) as f: yield from ((row, problem) for row, problem, _ in parse_lines(enumerate(f, 1)))
-
-def parse_lines(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[object, str, bytes]]:
-    "The value, the problem and the line itself, for lines of a file with their numbers."
-    for number, line in lines:
-        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
-        if not (line := line.strip(b" \t\r\n")): continue
+    for number, line in numbered_lines(path):
         row, problem = parse_line(line, number)
-        yield (_unread(line) if problem else row), problem, line
+        yield (unread(line), problem) if problem else (row, "")
 
-# %% ../nbs/02_data.ipynb #02-data-021
+# %% ../nbs/02_data.ipynb #02-data-022
+def _by_arrow(lines: list[bytes]):
+    "A table of the rows in lines of JSON, or None if Arrow finds fault with one, or must not be asked."
+    import pyarrow as pa, pyarrow.json as pj
+    block = b"\n".join(lines)
+    one_a_line = block[:1] == b"{" and block[-1:] == b"}" and block.count(b"}\n{") == len(lines) - 1
+    flat = block.count(b"{") + block.count(b"[") <= 2 * min(len(lines), 1000) + 500   # it does not survive thousands of brackets within each other
+    if not one_a_line or not flat or b"NaN" in block or b"Infinity" in block: return None
+    schema = pa.schema([("id", pa.string()), ("text", pa.string()), ("images", pa.list_(pa.string()))])
+    try:
+        block.decode()
+        table = pj.read_json(pa.BufferReader(block), pj.ReadOptions(use_threads=False, block_size=len(block) + 1), pj.ParseOptions(explicit_schema=schema))
+    except (pa.ArrowInvalid, UnicodeDecodeError): return None
+    return table if len(table) == len(lines) else None
+
+# %% ../nbs/02_data.ipynb #02-data-023
+def plain_rows(lines: list[bytes], least: int = 16) -> list[tuple[str, str, list] | None]:
+    "Id, text and images of each line of JSON that is a plain row; None for a line that `parse_line` has to look at."
+    table = _by_arrow(lines)
+    if table is not None and "conversations" not in table.column_names:
+        rows = zip(*(table[name].to_pylist() for name in ("id", "text", "images")))
+        return [None if id is None or text is None or images is None or None in images else (id, text, images) for id, text, images in rows]
+    if len(lines) <= least or table is not None: return [None] * len(lines)
+    half = len(lines) // 2
+    return plain_rows(lines[:half], least) + plain_rows(lines[half:], least)
+
+# %% ../nbs/02_data.ipynb #02-data-025
 def read_dj(path: str | Path) -> list[dict]:
     "Every row of a Data-Juicer jsonl file; raises UserError at the first line that is not one (the gate is lenient)."
     rows = []
@@ -140,7 +183,7 @@ def read_dj(path: str | Path) -> list[dict]:
         rows.append(row)
     return rows
 
-# %% ../nbs/02_data.ipynb #02-data-022
+# %% ../nbs/02_data.ipynb #02-data-026
 def write_dj(path: str | Path, rows: Iterable[dict]) -> Path:
     "Writes rows as jsonl in one go: the file is either the old one or the whole new one."
     with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
@@ -155,7 +198,7 @@ def _line(row: object) -> str:
     except UnicodeEncodeError: line = json.dumps(row, default=default)
     return line
 
-# %% ../nbs/02_data.ipynb #02-data-025
+# %% ../nbs/02_data.ipynb #02-data-029
 class _Window:
     "A window of text that slides over a JSON file."
     def __init__(self, file, path): self.file, self.path, self.text, self.at, self.line, self.over = file, path, "", 0, 1, False
@@ -175,7 +218,7 @@ class _Window:
         line = self.line + self.text.count("\n", 0, self.at)
         raise UserError(f"{self.path}: bad JSON: line {line}: {why}; the rows after it cannot be told apart, so repair the file there")
 
-# %% ../nbs/02_data.ipynb #02-data-026
+# %% ../nbs/02_data.ipynb #02-data-030
 def _take(w: _Window, wanted: str) -> str:
     "Steps over one of the wanted characters and returns it."
     if (c := w.peek()) not in wanted or not c: w.fail(f"one of {' '.join(wanted)} is expected" + (f", not {c!r}" if c else ", not the end of the file"))
@@ -191,9 +234,10 @@ def _value(w: _Window) -> object:
             if end < len(w.text) or w.over: w.at = end; return value   # a number may go on beyond the window
         except (ValueError, RecursionError) as e:
             if w.over or not isinstance(e, json.JSONDecodeError): w.fail(getattr(e, "msg", str(e)))
+        if len(w.text) - w.at > LONGEST: w.fail(f"a value has more than {LONGEST >> 20} Mi characters")
         w.more()
 
-# %% ../nbs/02_data.ipynb #02-data-027
+# %% ../nbs/02_data.ipynb #02-data-031
 def _elements(w: _Window) -> Iterator[object]:
     "The elements of the list that begins here."
     _take(w, "[")
@@ -205,14 +249,18 @@ def _elements(w: _Window) -> Iterator[object]:
 def _in_object(w: _Window) -> Iterator[object]:
     "The elements of the first list of objects in the object that begins here (annotations, data or what it is called)."
     _take(w, "{")
-    while True:
+    found, more = False, w.peek() != "}"
+    while more:
         key = _value(w)
         _take(w, ":")
-        if w.peek() == "[" and key in LISTS: yield from _elements(w); return
-        _value(w)
-        if _take(w, ",}") == "}": w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}")
+        if w.peek() == "[" and key in LISTS and not found:
+            found = True
+            yield from _elements(w)
+        else: _value(w)
+        more = _take(w, ",}") == ","
+    if not found: w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}")
 
-# %% ../nbs/02_data.ipynb #02-data-028
+# %% ../nbs/02_data.ipynb #02-data-032
 LISTS = ("annotations", "data", "rows", "samples")   # the names under which such files keep their list
 
 def iter_json(path: str | Path) -> Iterator[object]:
@@ -222,13 +270,14 @@ def iter_json(path: str | Path) -> Iterator[object]:
         try:
             if w.peek() not in ("[", "{"): w.fail("a list of rows is expected")
             yield from _elements(w) if w.peek() == "[" else _in_object(w)
+            if w.peek(): w.fail("nothing is expected after the list")
         except UnicodeDecodeError as e: raise UserError(f"{path} is not UTF-8 near line {w.line}: {e.reason}") from None
 
 def read_llava(path: str | Path) -> list[dict]:
     "Every row of a LLaVA json file; raises UserError if it is not a JSON list."
     return list(iter_json(path))
 
-# %% ../nbs/02_data.ipynb #02-data-032
+# %% ../nbs/02_data.ipynb #02-data-036
 NAMES = {"id": ("id", "key", "__key__", "image_id", "index"), "caption": ("caption", "text", "title", "text_output", "TEXT", "question"),
          "image": ("images", "image", "filename", "file_name", "filepath", "image_path", "path", "url", "URL")}
 
@@ -246,7 +295,7 @@ def as_row(row: object, number: int) -> object:
     return {"id": f"row{number:07}" if _find(row, "id") is None else _find(row, "id"), "text": text, "images": images,
             **{k: v for k, v in row.items() if k not in ("id", "text", "images")}}
 
-# %% ../nbs/02_data.ipynb #02-data-033
+# %% ../nbs/02_data.ipynb #02-data-037
 def _iter_tsv(path: Path) -> Iterator[tuple[object, str]]:
     "Rows of a table with tabs: with a header that uses the usual names, else caption and picture as in CC3M."
     known = {name for names in NAMES.values() for name in names}
@@ -254,23 +303,37 @@ def _iter_tsv(path: Path) -> Iterator[tuple[object, str]]:
         names = None
         for number, line in enumerate(f, 1):
             try: cells = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
-            except UnicodeDecodeError as e: yield _unread(line), f"not UTF-8: line {number}, byte {e.start}"; continue
+            except UnicodeDecodeError as e: yield unread(line), f"not UTF-8: line {number}, byte {e.start}"; continue
             if number == 1 and len(known & set(cells)) > 1: names = cells; continue
             if cells == [""]: continue
             wanted = len(names or ("caption", "image"))
-            if len(cells) != wanted: yield _unread(line), f"bad table row: line {number}: {len(cells)} cell(s), not {wanted}"
+            if len(cells) != wanted: yield unread(line), f"bad table row: line {number}: {len(cells)} cell(s), not {wanted}"
             else: yield as_row(dict(zip(names or ("caption", "image"), cells)), number), ""
 
-# %% ../nbs/02_data.ipynb #02-data-034
+# %% ../nbs/02_data.ipynb #02-data-038
 def _iter_parquet(path: Path) -> Iterator[tuple[object, str]]:
     "Rows of a Parquet file, a few at a time; pictures as paths, bytes or Hugging Face's {bytes, path}."
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as f:
-            rows = (row for batch in f.iter_batches(batch_size=64) for row in batch.to_pylist())
+            rows = (_as_json(row) for batch in f.iter_batches(batch_size=64) for row in batch.to_pylist())
             yield from ((as_row(row, number), "") for number, row in enumerate(rows, 1))
     except (pa.ArrowInvalid, OSError) as e: raise UserError(f"{path} is not a whole Parquet file: {_brief(str(e), 120)}") from None
 
+def _as_json(value: object) -> object:
+    "A value of a table as JSON knows it: null for what is not a number, text for dates and the like; pictures stay bytes."
+    if isinstance(value, dict): return {k: _as_json(v) for k, v in value.items()}
+    if isinstance(value, list): return [_as_json(v) for v in value]
+    if isinstance(value, float): return value if isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bytes)) else str(value)
+
+def count_parquet(path: Path) -> int:
+    "How many rows a Parquet file says it has."
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return pq.read_metadata(_existing(path)).num_rows
+    except (pa.ArrowInvalid, OSError) as e: raise UserError(f"{path} is not a whole Parquet file: {_brief(str(e), 120)}") from None
+
+# %% ../nbs/02_data.ipynb #02-data-039
 def _iter_tar(path: Path) -> Iterator[tuple[object, str]]:
     "Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot."
     import tarfile
@@ -283,14 +346,15 @@ def _iter_tar(path: Path) -> Iterator[tuple[object, str]]:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
                     if (folder, stem) != key and parts: yield _sample(key, parts); parts = {}
-                    key, parts[kind.lower()] = (folder, stem), tar.extractfile(member).read()
+                    key, parts[kind.lower()] = (folder, stem), tar.extractfile(member).read() if member.size <= LONGEST else None
                 if parts: yield _sample(key, parts)
         except tarfile.TarError as e: raise UserError(f"{path} is not a whole tar file: {e}") from None
 
-# %% ../nbs/02_data.ipynb #02-data-035
+# %% ../nbs/02_data.ipynb #02-data-040
 def _sample(key: tuple[str, str], parts: dict[str, bytes]) -> tuple[object, str]:
     "One WebDataset sample as a row: its json, its caption (.txt) and its pictures as bytes."
     row = {"id": "/".join(filter(None, key))}
+    if None in parts.values(): return row, f"member too large: more than {LONGEST >> 20} MiB"
     if "json" in parts:
         found, problem = parse_line(parts["json"], 1)
         if problem or not isinstance(found, dict): return {**row, "raw": parts["json"].decode(errors="backslashreplace")}, problem or "not a row"
@@ -300,7 +364,7 @@ def _sample(key: tuple[str, str], parts: dict[str, bytes]) -> tuple[object, str]
     images = [data for kind, data in parts.items() if kind not in ("json", "txt", "caption", "text", "cls", "npy")]
     return as_row({**row, **({"caption": captions[0]} if captions else {}), "image": images}, 0), ""
 
-# %% ../nbs/02_data.ipynb #02-data-036
+# %% ../nbs/02_data.ipynb #02-data-041
 READERS = {".jsonl": iter_lines, ".ndjson": iter_lines, ".json": lambda path: ((as_row(row, n), "") for n, row in enumerate(iter_json(path), 1)),
            ".tsv": _iter_tsv, ".parquet": _iter_parquet, ".tar": _iter_tar, ".tgz": _iter_tar}
 
@@ -323,12 +387,12 @@ def iter_rows(path: str | Path) -> Iterator[tuple[object, str]]:
     "Rows with their problem (or an empty string) from a file or a folder of shards, one after the other."
     for file in files_in(path): yield from READERS[format_of(file)](file)
 
-# %% ../nbs/02_data.ipynb #02-data-041
+# %% ../nbs/02_data.ipynb #02-data-046
 class Bad(Exception):
     "Why a row is refused: `Bad(name, detail)` reads `name: detail`."
     def __str__(self): return ": ".join(str(a) for a in self.args if a != "")
 
-# %% ../nbs/02_data.ipynb #02-data-042
+# %% ../nbs/02_data.ipynb #02-data-047
 def _id_of(row: dict) -> str:
     "The id as text. Whole numbers are ids too."
     if row.get("id") is None: raise Bad("no id")
@@ -336,7 +400,7 @@ def _id_of(row: dict) -> str:
     if not str(row["id"]).strip(): raise Bad("no id", "blank")
     return str(row["id"])
 
-# %% ../nbs/02_data.ipynb #02-data-043
+# %% ../nbs/02_data.ipynb #02-data-048
 def _is_null(value: object) -> bool:
     "None, or the not-a-number that pandas puts where nothing is."
     return value is None or isinstance(value, float) and value != value
@@ -348,7 +412,7 @@ def _check_text(text: object, name: str = "text") -> str:
     if is_blank(caption_of(text)): raise Bad(f"blank {name}")
     return text
 
-# %% ../nbs/02_data.ipynb #02-data-045
+# %% ../nbs/02_data.ipynb #02-data-050
 def _parts_dj(row: dict) -> tuple[str, list]:
     "Text and picture paths of a caption row."
     for name in ("text", "images"):
@@ -358,7 +422,7 @@ def _parts_dj(row: dict) -> tuple[str, list]:
     if not isinstance(images, (list, tuple)): raise Bad("images is not a list", _brief(images))
     return text, list(images)
 
-# %% ../nbs/02_data.ipynb #02-data-046
+# %% ../nbs/02_data.ipynb #02-data-051
 def _parts_llava(row: dict) -> tuple[str, list]:
     "Text and picture paths of an instruction row: its turns, one under the other, and its one picture."
     turns, image = row["conversations"], row.get("image")
@@ -369,7 +433,7 @@ def _parts_llava(row: dict) -> tuple[str, list]:
         _check_text(turn["value"], "turn")
     return "\n".join(turn["value"] for turn in turns), [] if image is None else [image]
 
-# %% ../nbs/02_data.ipynb #02-data-048
+# %% ../nbs/02_data.ipynb #02-data-053
 def _check_fields(row: object) -> tuple[str, list]:
     "The text and the pictures (paths, bytes or base64) of a row whose fields are in order; raises Bad otherwise."
     if not isinstance(row, dict): raise Bad("not a row", f"{type(row).__name__} {_brief(row)}")
@@ -391,7 +455,7 @@ def _plain_bytes(value: object) -> str:
     if isinstance(value, (bytes, bytearray)): return "data:;base64," + base64.b64encode(value).decode()
     raise TypeError(f"{type(value).__name__} is no JSON")
 
-# %% ../nbs/02_data.ipynb #02-data-051
+# %% ../nbs/02_data.ipynb #02-data-056
 class Root:
     "A data root. Remembers where its folders truly are, because asking for every picture costs more than reading its header."
     def __init__(self, path: str | Path):
@@ -410,7 +474,7 @@ class Root:
         if folder not in self.folders: self.folders[folder] = self._folder(folder)
         return os.path.join(self.folders[folder], name)
 
-# %% ../nbs/02_data.ipynb #02-data-052
+# %% ../nbs/02_data.ipynb #02-data-057
 def locate(root: Root, path: str) -> str:
     "The true path of a picture under the root; raises Bad if it is outside or no plain file."
     try:
@@ -425,7 +489,7 @@ def locate(root: Root, path: str) -> str:
     if not info.st_size: raise Bad("empty file", _brief(path))
     return full
 
-# %% ../nbs/02_data.ipynb #02-data-055
+# %% ../nbs/02_data.ipynb #02-data-060
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")   # no format that starts another program
 MAX_PIXELS = 89_478_485   # Pillow's own figure: a quarter of a gigabyte of 24-bit pixels
 
@@ -448,7 +512,7 @@ def strict_pillow():
             yield
     finally: ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
-# %% ../nbs/02_data.ipynb #02-data-057
+# %% ../nbs/02_data.ipynb #02-data-062
 _starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6",
            b"\0\0\0\x0cjP  ", b"\xffO\xffQ")
 
@@ -460,9 +524,21 @@ def _has_end(data: bytes) -> bool:
     "Whether a file that ends with a mark in its format has it: for JPEG after the last scan begins."
     if data.startswith(b"\xff\xd8"): return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if data.startswith(b"\x89PNG"): return b"IEND\xaeB`\x82" in data
-    return not data.startswith(b"GIF8") or b"\0;" in data[-1024:]
+    return not data.startswith(b"GIF8") or _gif_ends(data)
 
-# %% ../nbs/02_data.ipynb #02-data-058
+def _gif_ends(data: bytes) -> bool:
+    "Whether a GIF's blocks lead to its end mark; what follows the mark does not matter."
+    table = lambda flags: 3 << (flags & 7) + 1 if flags & 0x80 else 0   # bytes of a table of colours
+    at = 13 + table(data[10])
+    try:
+        while data[at] != 0x3b:
+            at += 2 if data[at] == 0x21 else 11 + table(data[at + 9])   # an extension or a picture, up to its data
+            while data[at]: at += data[at] + 1
+            at += 1
+    except IndexError: return False
+    return True
+
+# %% ../nbs/02_data.ipynb #02-data-063
 class Picture(NamedTuple):
     "What the gate saw of a picture."
     width: int
@@ -481,7 +557,7 @@ def _first_look(im, size: int, max_pixels: int) -> Picture:
     width, height = (im.height, im.width) if lying else im.size
     return Picture(width, height, im.format or "", im.mode, size)
 
-# %% ../nbs/02_data.ipynb #02-data-059
+# %% ../nbs/02_data.ipynb #02-data-064
 def decode(
     data: bytes,  # the whole file
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
@@ -501,13 +577,13 @@ def decode(
     return seen
 
 def _later_frames(im, max_pixels: int):
-    "Decodes the frames of an animation too, as long as they stay within the limit together."
-    if im.format not in ("GIF", "PNG", "WEBP") or not getattr(im, "is_animated", False): return
+    "Decodes the further frames or pages too, as long as they stay within the limit together."
+    if not getattr(im, "is_animated", False): return
     for i in range(1, min(im.n_frames, max_pixels // (im.width * im.height))):
         im.seek(i)
         im.load()
 
-# %% ../nbs/02_data.ipynb #02-data-061
+# %% ../nbs/02_data.ipynb #02-data-066
 def header(
     file: str | bytes,  # the path of a file, or its content
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
@@ -526,7 +602,7 @@ def _head(path: str, length: int = 1 << 14) -> tuple[bytes, int]:
     "The first bytes of a file, and its size."
     with open(path, "rb", buffering=0) as f: return f.read(length), os.fstat(f.fileno()).st_size
 
-# %% ../nbs/02_data.ipynb #02-data-067
+# %% ../nbs/02_data.ipynb #02-data-072
 def as_seen(im):
     "An image as people see it, in RGB: first frame, turned upright, transparency on white, 8 bits."
     import numpy as np
@@ -543,14 +619,14 @@ def open_picture(source: str | Path | bytes | io.BytesIO):
     "The picture in a file, or in a file's content, as people see it; see `as_seen`."
     with _open(source) as im: return as_seen(im)
 
-# %% ../nbs/02_data.ipynb #02-data-068
+# %% ../nbs/02_data.ipynb #02-data-073
 def _from_lab(im):
     "An image in Lab colours as RGB, which Pillow's own `convert` cannot do."
     from PIL import ImageCms
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.applyTransform(im, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))
 
-# %% ../nbs/02_data.ipynb #02-data-071
+# %% ../nbs/02_data.ipynb #02-data-076
 @dataclass(repr=False)
 class GateResult:
     "Accepted and rejected rows, and what was seen of the pictures of the accepted ones."
@@ -571,14 +647,14 @@ class GateResult:
     def __repr__(self): return repr(show_table(self.table()))
     def _repr_html_(self): return show_table(self.table())._repr_html_()
 
-# %% ../nbs/02_data.ipynb #02-data-072
+# %% ../nbs/02_data.ipynb #02-data-077
 def _rows_of(source: str | Path | Iterable) -> Iterator[tuple[object, str]]:
     "Rows with their problem (or an empty string) from a file or folder in any format, or from any iterable of rows."
     if isinstance(source, (str, os.PathLike)): return iter_rows(source)
     if isinstance(source, (dict, bytes)): raise TypeError(f"rows or the path of a file are expected, not one {type(source).__name__}")
     return ((row, "") for row in source)
 
-# %% ../nbs/02_data.ipynb #02-data-073
+# %% ../nbs/02_data.ipynb #02-data-078
 _base64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _base64_starts = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
 
@@ -594,7 +670,7 @@ def embedded(image: object) -> tuple[object, bytes | None]:
     try: return None, base64.b64decode("".join(text.split()), validate=True)
     except ValueError as e: raise Bad("bad base64", _brief(str(e))) from None
 
-# %% ../nbs/02_data.ipynb #02-data-075
+# %% ../nbs/02_data.ipynb #02-data-080
 def look_at(
     image: object,  # as the row gives it
     root: Root,
@@ -622,7 +698,7 @@ def _contents(path: str) -> bytes:
         head = f.read(32)
         return head + f.read() if looks_like_image(head) else head
 
-# %% ../nbs/02_data.ipynb #02-data-076
+# %% ../nbs/02_data.ipynb #02-data-081
 def judge(
     row: object,
     problem: str,  # why the row could not be read, or an empty string
@@ -640,7 +716,7 @@ def judge(
     except Bad as e: return str(e), "", {}
     except Exception as e: return f"cannot be checked: {type(e).__name__}: {_brief(str(e))}", "", {}   # a row of Python objects can do anything
 
-# %% ../nbs/02_data.ipynb #02-data-078
+# %% ../nbs/02_data.ipynb #02-data-083
 def iter_gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -659,7 +735,7 @@ def iter_gate(
                 if not reason: taken.add(_id_of(row))
                 yield row, reason, seen
 
-# %% ../nbs/02_data.ipynb #02-data-079
+# %% ../nbs/02_data.ipynb #02-data-084
 def gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -681,12 +757,12 @@ def _with_reason(row: object, reason: str) -> dict:
     "The whole row with its reason; what is no row, or has a reason of its own, is kept under `row`."
     return {**row, "reason": reason} if isinstance(row, dict) and "reason" not in row else {"row": row, "reason": reason}
 
-# %% ../nbs/02_data.ipynb #02-data-080
+# %% ../nbs/02_data.ipynb #02-data-085
 def save_gate(result: GateResult, folder: str | Path) -> list[Path]:
     "Writes accepted.jsonl and rejected.jsonl; returns their paths."
     return [write_dj(Path(folder)/f"{name}.jsonl", getattr(result, name)) for name in ("accepted", "rejected")]
 
-# %% ../nbs/02_data.ipynb #02-data-082
+# %% ../nbs/02_data.ipynb #02-data-087
 def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> Path:
     "Writes rows as Parquet, some at a time, all or nothing; the columns are those of the first `batch` rows."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -703,7 +779,7 @@ def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> 
             if writer: writer.close()
     return Path(path)
 
-# %% ../nbs/02_data.ipynb #02-data-083
+# %% ../nbs/02_data.ipynb #02-data-088
 def to_llava(row: dict, original: dict | None = None, question: str = "Describe the picture in one sentence.") -> dict:
     "A caption row as a LLaVA row: the questions of `original` with the caption as last answer, or one question alone."
     caption, images = caption_of(row["text"]), row.get("images") or []

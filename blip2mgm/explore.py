@@ -6,29 +6,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastcore.basics import patch
-
-from .core import Config, ConfigError, Stage, UserError, atomic_path, code_hash, read_json, resolve, show_path, show_table, track, write_json
-from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, embedded, files_in, format_of, iter_rows, judge, locate,
-                           look_at, open_bytes, open_picture, parse_lines, strict_pillow)
-from .lexical import (FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus, describe_corpus, join, leaks, length_stats, power_law)
+from .core import Config, ConfigError, Stage, UserError, show_table, write_json
+from .data import MAX_PIXELS, Root, embedded, locate, open_picture
+from .lexical import FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus
+from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, held_out_sets, rows_at
 
 # %% auto #0
-__all__ = ['DEPTHS', 'SIZES', 'FIELDS', 'SHOWN', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig',
-           'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats', 'close_pairs', 'alike', 'look_at_rows',
-           'count_rows', 'batches', 'looked_at', 'Seen', 'Exploration', 'explore', 'of_gate', 'held_out_sets',
-           'leakage', 'analyse', 'share_interval', 'mean_interval', 'measures', 'diversity_table', 'leakage_table',
-           'panels', 'plot_lengths', 'plot_words', 'plot_images', 'plot_saturation', 'plot_flags', 'picture_of',
-           'plot_gallery', 'rows_at', 'plot_alike', 'conclusion', 'preview']
+__all__ = ['DEPTHS', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'share_interval', 'mean_interval',
+           'measures', 'diversity_table', 'leakage_table', 'panels', 'plot_lengths', 'plot_words', 'plot_images',
+           'plot_saturation', 'plot_flags', 'picture_of', 'plot_gallery', 'plot_alike', 'conclusion', 'preview']
 
 # %% ../nbs/10_explore.ipynb #10-explore-005
 DEPTHS = ("full", "shape", "text")
@@ -60,440 +51,6 @@ class ExploreConfig(Config):
         if self.near > 8 or not 0.5 <= self.overlap <= 1: raise ConfigError("near goes up to 8 bits, and overlap from 0.5 to 1")
 
 # %% ../nbs/10_explore.ipynb #10-explore-008
-@lru_cache
-def _cosines(n: int = 32, keep: int = 8):
-    "The first `keep` rows of the cosine transform of `n` points."
-    import numpy as np
-    return np.cos(np.pi * np.arange(keep)[:, None] * (2 * np.arange(n) + 1) / (2 * n))
-
-def fingerprint(grey) -> int:
-    "The perceptual hash of a grey picture: 64 bits (Zauner 2010)."
-    import numpy as np
-    from PIL import Image
-    pixels = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), dtype=float)
-    low = _cosines() @ pixels @ _cosines().T
-    return int(np.packbits(low > np.median(low)).view(">u8")[0])
-
-# %% ../nbs/10_explore.ipynb #10-explore-009
-def measure(im) -> tuple[float, float, int]:
-    "Brightness (0 to 255), sharpness and fingerprint of an image as people see it."
-    import numpy as np
-    from PIL import Image
-    plain = im.mode in ("RGB", "L", "CMYK", "YCbCr") and "exif" not in im.info and "transparency" not in im.info
-    grey = (im if plain else as_seen(im)).convert("L")
-    if max(grey.size) > 256:
-        scale = 256 / max(grey.size)
-        grey = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BILINEAR)
-    a = np.asarray(grey, dtype=np.int16)
-    edges = 4 * a[1:-1, 1:-1] - a[:-2, 1:-1] - a[2:, 1:-1] - a[1:-1, :-2] - a[1:-1, 2:]
-    return float(a.mean()), float(edges.var()) if edges.size else 0.0, fingerprint(grey)
-
-# %% ../nbs/10_explore.ipynb #10-explore-012
-SIZES = {"small": 0, "medium": 224, "large": 512, "very large": 1024}   # shorter side in pixels, from
-
-def size_class(picture: Picture) -> str:
-    "small (below 224 pixels on the shorter side), medium, large (from 512) or very large (from 1024)."
-    return [name for name, least in SIZES.items() if min(picture.width, picture.height) >= least][-1]
-
-# %% ../nbs/10_explore.ipynb #10-explore-013
-class Pictures:
-    "What is kept of many pictures: how often each value occurs, and a fingerprint each."
-    def __init__(self):
-        self.width, self.height, self.bytes, self.shorter, self.brightness, self.sharpness = (Counter() for _ in range(6))
-        self.formats, self.modes, self.sizes, self.kinds, self.places, self.aspects = (Counter() for _ in range(6))
-        self.hashes, self.paths, self.rows = [], [], []   # arrays: fingerprint, number for the path, row
-    def __len__(self): return self.width.total()
-    def add(self, seen: list[tuple[int, str, Picture]]):
-        "Takes in (row, path, picture)."
-        import numpy as np
-        for _, _, p in seen:
-            self.width[p.width] += 1; self.height[p.height] += 1; self.bytes[round(p.bytes, -2)] += 1; self.shorter[min(p.width, p.height)] += 1
-            size = size_class(p)
-            self.formats[p.format] += 1; self.modes[p.mode] += 1; self.sizes[size] += 1; self.kinds[size, p.format] += 1
-            self.places[p.width // 20, p.height // 20] += 1; self.aspects[round(p.width / p.height, 2)] += 1
-            if p.brightness == p.brightness: self.brightness[round(p.brightness)] += 1; self.sharpness[min(20_000, round(p.sharpness, 1 - len(str(int(p.sharpness)))))] += 1
-        if seen and seen[0][2].brightness == seen[0][2].brightness:
-            self.hashes.append(np.array([p.hash for _, _, p in seen], np.uint64))
-        self.paths.append(np.array([hash(path) for _, path, _ in seen], np.int64)); self.rows.append(np.array([row for row, _, _ in seen], np.int64))
-
-# %% ../nbs/10_explore.ipynb #10-explore-014
-def image_stats(pictures: list[Picture] | Pictures) -> dict:
-    "Number, mean and spread of width, height, bytes (to the nearest 100), brightness and sharpness; shares of formats, modes and size classes."
-    if not isinstance(pictures, Pictures): pictures, given = Pictures(), pictures; pictures.add([(0, "", p) for p in given])
-    share = lambda counts: {k: n / len(pictures) for k, n in counts.most_common()}
-    numbers = ("width", "height", "bytes", "brightness", "sharpness")
-    return {"pictures": len(pictures), **{name: length_stats(getattr(pictures, name)) for name in numbers}, "formats": share(pictures.formats),
-            "modes": share(pictures.modes), "sizes": share(pictures.sizes)}
-
-# %% ../nbs/10_explore.ipynb #10-explore-017
-def close_pairs(hashes, near: int = 4, window: int = 32) -> tuple:
-    "Pairs (rows of `hashes`) of fingerprints that differ in at most `near` bits, their distance, and the share of rows in lines longer than the window."
-    import numpy as np
-    cuts, found, long = [64 * k // (near + 1) for k in range(near + 2)], [], 0
-    for low, high in zip(cuts, cuts[1:]):
-        keys = hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)
-        order = np.argsort(keys, kind="stable")
-        keys, ranked = keys[order], hashes[order]
-        long += int((keys[window:] == keys[:-window]).sum()) if len(keys) > window else 0
-        for step in range(1, min(window, len(keys) - 1) + 1):
-            far = np.bitwise_count(ranked[step:] ^ ranked[:-step])
-            at = np.flatnonzero((keys[step:] == keys[:-step]) & (far <= near))
-            if len(at): found.append(np.stack([order[at], order[at + step], far[at]], 1).astype(np.int64))
-    pairs = np.unique(np.concatenate([np.zeros((0, 3), np.int64), *[np.column_stack([np.sort(f[:, :2], 1), f[:, 2]]) for f in found]]), axis=0)
-    return pairs[:, :2], pairs[:, 2], long / max(len(hashes) * (near + 1), 1)
-
-# %% ../nbs/10_explore.ipynb #10-explore-019
-def alike(pictures: Pictures, near: int = 4) -> dict:
-    "How many different files look like another one, in how many groups, and examples (pairs of rows with their distance in bits)."
-    import numpy as np
-    if not pictures.hashes: return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
-    hashes, paths, rows = (np.concatenate(parts) for parts in (pictures.hashes, pictures.paths, pictures.rows))
-    first = np.sort(np.unique(paths, return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
-    hashes, rows = hashes[first], rows[first]
-    kinds, one, kind = np.unique(hashes, return_index=True, return_inverse=True)
-    pairs, far, long = close_pairs(kinds, near)
-    groups = join(np.arange(len(kinds)), pairs)[kind] if len(pairs) else kind
-    _, sizes = np.unique(groups, return_counts=True)
-    again = np.setdiff1d(np.arange(len(hashes)), one)[:20]
-    examples = [(int(rows[one[kind[i]]]), int(rows[i]), 0) for i in again] + [(int(rows[one[a]]), int(rows[one[b]]), int(d)) for (a, b), d in zip(pairs[:20].tolist(), far[:20])]
-    return {"files": len(hashes), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max(initial=0)),
-            "pairs": examples, "not_compared": long, "bits": near}
-
-# %% ../nbs/10_explore.ipynb #10-explore-021
-FIELDS = ("id", "text", "images")
-
-def _filled(row: object) -> list[bool]:
-    "Which of the fields of a row are there and not empty (a conversation is text, one image is images)."
-    if not isinstance(row, dict): return [False] * 3
-    return [row.get("id") not in (None, ""), (row.get("text") or row.get("conversations")) not in (None, "", []), (row.get("images") or row.get("image")) not in (None, "", [])]
-
-def look_at_rows(
-    rows: list,  # (number, line) of a jsonl file, or (row, problem)
-    lines: bool,  # which of the two
-    root: Root | str,
-    depth: str = "full",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, list]:
-    "Columns of a batch: id, reason (or an empty string), caption, pictures by path, which fields are filled, and the whole row as JSON."
-    root = root if isinstance(root, Root) else Root(root)
-    look = (lambda image: None) if depth == "text" else lambda image: look_at(image, root, max_pixels, depth == "full", measure)
-    out = {name: [] for name in ("id", "reason", "caption", "pictures", "filled", "raw")}
-    with strict_pillow():
-        for row, problem, raw in (parse_lines(rows) if lines else ((row, problem, None) for row, problem in rows)):
-            safe = raw is not None and b"\\ud" not in raw and b"\\uD" not in raw
-            reason, text, seen = judge(row, problem, root, look, safe)
-            raw = _line(row) if raw is None or problem else raw.decode()
-            columns = (str(row["id"]) if not reason else "", reason, "" if reason else caption_of(text), {k: v for k, v in seen.items() if v}, _filled(row), raw)
-            for name, value in zip(out, columns): out[name].append(value)
-    return out
-
-# %% ../nbs/10_explore.ipynb #10-explore-024
-def count_rows(source: str | Path) -> int:
-    "How many rows a file or folder of shards holds."
-    total = 0
-    for file in files_in(source):
-        if format_of(file) in (".jsonl", ".ndjson"):
-            with open_bytes(file) as f: total += sum(not line.isspace() for line in f)
-        elif format_of(file) == ".parquet":
-            import pyarrow.parquet as pq
-            total += pq.read_metadata(file).num_rows
-        else: total += sum(1 for _ in iter_rows(file))
-    return total
-
-def _has_lines(source) -> bool:
-    "Whether every row of a source is a line of its own."
-    return all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
-
-def _lines(source) -> Iterator[tuple[int, bytes]]:
-    "The lines that are not blank, with their numbers."
-    for file in files_in(source):
-        with open_bytes(file) as f: yield from ((n, line) for n, line in enumerate(f, 1) if not line.isspace())
-
-def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[list, bool]]:
-    "Rows in batches of `size` (fewer where they are large), as lines where the format has them; only those numbered in `picked`, if given."
-    lines = _has_lines(source)
-    rows, held, wanted = [], 0, None if picked is None else set(picked)
-    for number, item in enumerate(_lines(source) if lines else iter_rows(source)):
-        if wanted is not None and number not in wanted: continue
-        rows.append(item)
-        held += len(item[1]) if lines else sum(len(v) for v in (item[0].get("images") or []) if isinstance(v, bytes)) if isinstance(item[0], dict) else 0
-        if len(rows) == size or held > room: yield rows, lines; rows, held = [], 0
-    if rows: yield rows, lines
-
-# %% ../nbs/10_explore.ipynb #10-explore-026
-def _as_pictures(batch: dict) -> dict:
-    "A batch read back from its file, with its pictures as such again."
-    return {**batch, "pictures": [{k: Picture(*p) for k, p in seen.items()} for seen in batch["pictures"]]}
-
-def _kept(file: Path | None, *work) -> dict:
-    "What `look_at_rows` says of a batch, from its file if there is one, else worked out and written to it."
-    if file and file.is_file(): return _as_pictures(read_json(file))
-    found = look_at_rows(*work)
-    if file:
-        with atomic_path(file) as part: part.write_text(json.dumps(found), encoding="utf-8", errors="surrogatepass")
-    return found
-
-def looked_at(
-    source: str | Path,
-    root: str | Path,
-    depth: str = "full",
-    max_pixels: int = MAX_PIXELS,
-    picked=None,  # row numbers, for a sample
-    workers: int = 1,
-    folder: Path | None = None,  # where finished batches are kept
-) -> Iterator[dict]:
-    "The batches in their order; see `look_at_rows`."
-    file = lambda k: folder and folder/f"{k:06}.json"
-    todo = ((file(k), rows, lines, str(root), depth, max_pixels) for k, (rows, lines) in enumerate(batches(source, picked)))
-    if workers < 2: yield from (_kept(*work) for work in todo); return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from blip2mgm import explore
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting = deque(pool.submit(explore._kept, *work) for work in islice(todo, 2 * workers))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(explore._kept, *work) for work in islice(todo, 1))
-        finally:
-            for left in waiting: left.cancel()
-
-# %% ../nbs/10_explore.ipynb #10-explore-028
-class Seen:
-    "The ids that were accepted so far, as sorted arrays that are merged as they grow."
-    def __init__(self): self.parts = []
-    def again(self, ids: list[str]) -> list[bool]:
-        "Which of these ids were there before, among these or earlier; all are remembered."
-        import numpy as np
-        if not ids: return []
-        numbers = np.fromiter(map(hash, ids), np.int64, len(ids))
-        new, first = np.unique(numbers, return_index=True)
-        old = np.ones(len(ids), bool)
-        old[first] = False
-        for part in self.parts:
-            at = np.minimum(np.searchsorted(part, numbers), len(part) - 1)
-            old |= part[at] == numbers
-        self.parts.append(new[~old[first]])
-        while len(self.parts) > 1 and 2 * len(self.parts[-1]) >= len(self.parts[-2]): self.parts.append(np.sort(np.concatenate([self.parts.pop(), self.parts.pop()])))
-        self.parts = [part for part in self.parts if len(part)]
-        return old.tolist()
-
-# %% ../nbs/10_explore.ipynb #10-explore-031
-SHOWN = {"by chance": "rows drawn by chance", "shortest": "fewest words", "longest": "most words", **RULES, "darkest": "least brightness", "brightest": "most brightness",
-         "blurred": "least sharpness", "odd shape": "farthest from square"}
-
-class Exploration:
-    "What is known of the rows so far."
-    def __init__(self, root: str | Path = ".", gallery: int = 6, seed: int = 0):
-        import numpy as np
-        self.root, self.n_shown, self.rng = Path(root), gallery, np.random.default_rng(seed)
-        self.rows, self.accepted, self.of = 0, 0, None   # `of`: how many there are, where these are a sample
-        self.reasons, self.filled, self.corpus, self.pictures, self.seen = Counter(), [0, 0, 0], Corpus(), Pictures(), Seen()
-        self.shown, self.held, self.looked, self.depth = {name: [] for name in SHOWN}, {}, 0, "full"
-        self.numbers = []   # for each accepted row its place among all
-
-# %% ../nbs/10_explore.ipynb #10-explore-032
-@patch
-def add(self: Exploration, batch: dict) -> tuple[list[dict], list[str]]:
-    "Takes in a batch; returns a dict of measures for each row, and the rejected rows as lines of JSON."
-    import numpy as np
-    reasons = list(batch["reason"])
-    good = [i for i, reason in enumerate(reasons) if not reason]
-    for i, again in zip(good, self.seen.again([batch["id"][i] for i in good])):
-        if again: reasons[i] = f"duplicate id: {batch['id'][i][:80]!a}"
-    good = [i for i, reason in enumerate(reasons) if not reason]
-    first, self.rows, self.accepted = self.rows, self.rows + len(reasons), self.accepted + len(good)
-    self.looked += sum(isinstance(json.loads(batch["raw"][i]), dict) for i, r in enumerate(reasons) if r) + len(good)
-    for filled in batch["filled"]: self.filled = [a + b for a, b in zip(self.filled, filled)]
-    self.reasons.update(reason.split(":")[0] for reason in reasons if reason)
-    measures = self.corpus.add([batch["caption"][i] for i in good])
-    pictures = [(first + i, path, p) for i in good for path, p in batch["pictures"][i].items()]
-    self.pictures.add(pictures)
-    self.numbers.append(np.array(good, int) + first)
-    self._show(batch, good, first, measures)
-    return self._table(batch, good, reasons, measures), [_line(_with_reason(json.loads(batch["raw"][i]), reason)) for i, reason in enumerate(reasons) if reason]
-
-# %% ../nbs/10_explore.ipynb #10-explore-033
-@patch
-def _table(self: Exploration, batch, good, reasons, measures) -> list[dict]:
-    "One dict a row: its id, what became of it, and its measures."
-    at, out = {i: k for k, i in enumerate(good)}, []
-    columns = {name: values.tolist() for name, values in measures.items()}
-    empty = dict.fromkeys([*columns, "width", "height", "aspect", "format", "mode", "size", "bytes", "brightness", "sharpness", "fingerprint"])
-    for i, reason in enumerate(reasons):
-        row = {"id": batch["id"][i], "status": "rejected" if reason else "accepted", "reason": reason, **empty}
-        if not reason: row |= {name: values[at[i]] for name, values in columns.items()}
-        if not reason and (p := next(iter(batch["pictures"][i].values()), None)):
-            row |= {"width": p.width, "height": p.height, "aspect": p.width / p.height, "format": p.format, "mode": p.mode, "size": size_class(p), "bytes": p.bytes}
-            if p.brightness == p.brightness: row |= {"brightness": p.brightness, "sharpness": p.sharpness, "fingerprint": f"{p.hash:016x}"}
-        out.append(row)
-    return out
-
-# %% ../nbs/10_explore.ipynb #10-explore-034
-@patch
-def _show(self: Exploration, batch, good, first, measures):
-    "Keeps the rows of this batch that belong among the few for show."
-    import numpy as np
-    if not good: return
-    p = [next(iter(batch["pictures"][i].values()), None) for i in good]
-    number = lambda f: np.array([f(x) if x else np.nan for x in p])
-    chance, words = self.rng.random(len(good)), measures["words"]
-    scores = {"by chance": chance, "shortest": -words, "longest": words, "darkest": number(lambda x: -x.brightness), "brightest": number(lambda x: x.brightness),
-              "blurred": number(lambda x: -x.sharpness), "odd shape": number(lambda x: max(x.width / x.height, x.height / x.width)),
-              **{name: np.where(measures[name], chance, np.nan) for name in FLAGS}}
-    for name, score in scores.items():
-        best = [k for k in np.argsort(-score, kind="stable")[:self.n_shown] if score[k] == score[k]]
-        new = [(float(score[k]), first + good[k], batch["caption"][good[k]], batch["raw"][good[k]]) for k in best]
-        self.shown[name] = sorted([*self.shown[name], *new], key=lambda s: (-s[0], s[1]))[:self.n_shown]
-
-# %% ../nbs/10_explore.ipynb #10-explore-036
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-def _stamp(source, *settings) -> str:
-    "A short name for these files under these settings."
-    import hashlib
-    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_in(source)]
-    return hashlib.sha256(json.dumps([files, settings, code_hash("data"), code_hash("explore")], default=str).encode()).hexdigest()[:16]
-
-def explore(
-    source: str | Path,  # a file or a folder of shards, in any format that is read
-    root: str | Path,  # the data root that image paths are relative to
-    depth: str = "full",  # see `ExploreConfig`
-    sample: int = 0,
-    workers: int = 0,
-    folder: str | Path | None = None,  # where rows.parquet, rejected.jsonl and, while it runs, finished batches go
-    max_pixels: int = MAX_PIXELS,
-    gallery: int = 6,
-    seed: int = 0,
-) -> Exploration:
-    "Goes through all rows once, or through a sample of them; rows in = accepted + rejected."
-    import shutil
-    total, picked = None, None
-    if sample or all(format_of(f) in (".jsonl", ".ndjson", ".parquet") for f in files_in(source)): total = count_rows(source)
-    if sample and sample < total: picked = _drawn(total, sample, seed)
-    found, n = Exploration(root, gallery, seed), len(picked) if picked is not None else total
-    found.of, found.depth, workers = total if picked is not None else None, depth, workers or _cores()
-    if depth == "text" or n is not None and n <= 2000: workers = 1   # starting processes would take longer
-    kept = Path(folder)/f".batches-{_stamp(source, str(root), depth, sample, seed, max_pixels)}" if folder and depth == "full" else None
-    if kept: kept.mkdir(parents=True, exist_ok=True)
-    results = looked_at(source, root, depth, max_pixels, picked, workers, kept)
-    with _Files(folder) if folder else nullcontext() as files:
-        for batch in track(results, "rows, in thousands", -(-n // 1000) if n is not None else None):
-            rows, rejected = found.add(batch)
-            if files: files.add(rows, rejected)
-    assert found.rows == found.accepted + found.reasons.total() and (n is None or found.rows == n), "a row was lost"
-    for old in Path(folder).glob(".batches-*") if folder else (): shutil.rmtree(old)
-    return found
-
-def _drawn(total: int, n: int, seed: int):
-    "The numbers of `n` rows of `total`, each as likely."
-    import numpy as np
-    return np.sort(np.random.default_rng(seed).choice(total, n, replace=False)).tolist()
-
-# %% ../nbs/10_explore.ipynb #10-explore-037
-class _Files:
-    "The files that grow as the rows go by, each whole or not there."
-    def __init__(self, folder): self.folder, self.writer = Path(folder), None
-    def __enter__(self):
-        self.paths = [atomic_path(self.folder/"rows.parquet"), atomic_path(self.folder/"rejected.jsonl")]
-        self.parts = [p.__enter__() for p in self.paths]
-        self.lines = self.parts[1].open("w", encoding="utf-8")
-        return self
-    def add(self, rows: list[dict], rejected: list[str]):
-        import pyarrow as pa, pyarrow.parquet as pq
-        self.writer = self.writer or pq.ParquetWriter(self.parts[0], _schema(), compression="zstd")
-        self.writer.write_table(pa.Table.from_pylist(rows, schema=_schema()))
-        self.lines.writelines(line + "\n" for line in rejected)
-    def __exit__(self, *error):
-        import pyarrow.parquet as pq
-        (self.writer or pq.ParquetWriter(self.parts[0], _schema())).close()
-        self.lines.close()
-        for p in self.paths: p.__exit__(*error)
-
-@lru_cache
-def _schema():
-    "The columns of rows.parquet."
-    import pyarrow as pa
-    kinds = {pa.string(): ("id", "status", "reason", "format", "mode", "size", "fingerprint"), pa.int64(): ("words", "characters", "sentences", "width", "height", "bytes"),
-             pa.bool_(): FLAGS, pa.float64(): ("aspect", "brightness", "sharpness")}
-    order = ["id", "status", "reason", "words", "characters", "sentences", *FLAGS, "width", "height", "aspect", "format", "mode", "size", "bytes", "brightness", "sharpness", "fingerprint"]
-    return pa.schema([(name, next(kind for kind, names in kinds.items() if name in names)) for name in order])
-
-# %% ../nbs/10_explore.ipynb #10-explore-039
-def of_gate(result: GateResult, root: str | Path = ".") -> Exploration:
-    "The exploration of rows that have passed the gate already."
-    found = Exploration(root)
-    rows = [(row, "") for row in result.accepted] + [(row.get("row", {k: v for k, v in row.items() if k != "reason"}), row["reason"]) for row in result.rejected]
-    text = lambda row: caption_of(row["text"] if "text" in row else "\n".join(turn["value"] for turn in row["conversations"]))
-    for i in range(0, len(rows), 1000):
-        part = rows[i:i + 1000]
-        seen = [{} if why else {path: result.pictures[path] for path in row.get("images") or [] if isinstance(path, str) and path in result.pictures} for row, why in part]
-        found.add({"id": ["" if why else str(row["id"]) for row, why in part], "reason": [why for _, why in part], "caption": ["" if why else text(row) for row, why in part],
-                   "pictures": seen, "filled": [_filled(row) for row, _ in part], "raw": [_line(row) for row, _ in part]})
-    return found
-
-# %% ../nbs/10_explore.ipynb #10-explore-041
-def held_out_sets(root: str | Path) -> dict[str, list]:
-    "The questions of the evaluation sets that lie in the data folder."
-    from blip2mgm.tasks import read_mmbench, read_textvqa
-    out = {}
-    for name, read in (("textvqa", read_textvqa), ("mmbench", read_mmbench)):
-        if (Path(root)/name).is_dir(): out[name] = read(root)
-    return out
-
-def leakage(found: Exploration, questions: list, near: int = 4, overlap: float = 0.8) -> dict:
-    "How many pictures and questions of a held-out set have a near-duplicate in training, with examples."
-    import numpy as np
-    pictures, hashes = {q.image_id: q.image for q in questions}, []
-    for image in pictures.values() if found.pictures.hashes else ():
-        try: hashes.append(measure(open_picture(image))[2])
-        except Exception: hashes.append(None)   # the evaluation's own gate speaks of it
-    names, known = [k for k, h in zip(pictures, hashes) if h is not None], [h for h in hashes if h is not None]
-    hits = _leaked(np.array(known, np.uint64), found, near) if known else {}
-    held = Corpus(found.corpus.vocabulary)
-    texts = list(dict.fromkeys(f"{q.question} {q.answers[0] if len(q.answers) > 1 else q.options.get(q.answers[0], '')}" for q in questions))
-    held.add(texts)
-    found.corpus._learn()
-    said, places = leaks(held, found.corpus, overlap), np.concatenate([np.zeros(0, int), *found.numbers])
-    return {"pictures": len(names), "pictures_seen": len(hits), "questions": len(texts), "questions_seen": len(said),
-            "examples": [{"picture": names[i], "row": int(row), "bits": int(d)} for i, (row, d) in sorted(hits.items())[:20]],
-            "texts": [{"held_out": texts[i], "row": int(places[j]), "overlap": x} for i, j, x in said[:20]]}
-
-# %% ../nbs/10_explore.ipynb #10-explore-042
-def _leaked(held, found: Exploration, near: int) -> dict:
-    "For each held-out fingerprint with a close one in training: the nearest row and its distance."
-    import numpy as np
-    train, rows, best = np.concatenate(found.pictures.hashes), np.concatenate(found.pictures.rows), {}
-    kinds, first = np.unique(train, return_index=True)
-    same = np.minimum(np.searchsorted(kinds, held), len(kinds) - 1)
-    for i in np.flatnonzero(kinds[same] == held).tolist(): best[i] = int(rows[first[same[i]]]), 0
-    pairs, far, _ = close_pairs(np.concatenate([held, kinds]), near)
-    for (i, j), d in zip(pairs.tolist(), far.tolist()):
-        if i < len(held) <= j and d < best.get(i, (0, 99))[1]: best[i] = int(rows[first[j - len(held)]]), d
-    return best
-
-# %% ../nbs/10_explore.ipynb #10-explore-044
-def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, seed: int = 0, near: int = 4, overlap: float = 0.8) -> dict:
-    "All figures: the gate's counts, completeness, captions, words and runs of words, pictures, near-duplicates, leakage."
-    import numpy as np
-    if isinstance(found, GateResult): found = of_gate(found)
-    corpus, words = found.corpus, found.corpus.counts
-    tokens, order = int(words.sum()), np.argsort(-words, kind="stable")
-    groups = corpus.near_duplicates(overlap)
-    _, sizes = np.unique(groups, return_counts=True)
-    ranked, growth = words[order][words[order] > 0], [(n, t) for n, t in corpus.growth if n]
-    return {"rows": {"in": found.rows, "accepted": found.accepted, "rejected": found.rows - found.accepted}, "sample": found.of and {"rows": found.rows, "of": found.of},
-            "depth": found.depth, "rejected_by": dict(found.reasons.most_common()),
-            "complete": {name: n / max(found.looked, 1) for name, n in zip(FIELDS, found.filled)},
-            "captions": describe_corpus(corpus, min(budget, tokens // 20), seed), "most_frequent": [(corpus.vocabulary.words[i], int(words[i])) for i in order[:top] if words[i]],
-            "runs": {n: corpus.top_grams(n, top) for n in (2, 3)}, "phrases": corpus.phrases.most_common(top),
-            "zipf": power_law(np.arange(1, len(ranked) + 1)[:1000], ranked[:1000]), "heaps": power_law(*zip(*growth)) if growth else None, "saturation": corpus.saturation(),
-            "images": image_stats(found.pictures), "similar_captions": {"captions": len(groups), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()),
-            "largest": int(sizes.max(initial=0)), "overlap": overlap}, "similar_pictures": alike(found.pictures, near),
-            "leakage": {name: leakage(found, questions, near, overlap) for name, questions in found.held.items()},
-            "rules": {**RULES, "size_from_shorter_side": SIZES}}
-
-# %% ../nbs/10_explore.ipynb #10-explore-046
 def share_interval(share: float, n: int, of: int) -> tuple[float, float]:
     "A 95% interval for a share seen in `n` rows drawn from `of` (Wilson 1927, with the correction for a finite whole)."
     if n >= of or not n: return share, share
@@ -506,7 +63,7 @@ def mean_interval(stats: dict, of: int) -> tuple[float, float]:
     half = 1.96 * stats["sd"] / stats["n"]**0.5 * max(0, 1 - stats["n"] / of)**0.5
     return stats["mean"] - half, stats["mean"] + half
 
-# %% ../nbs/10_explore.ipynb #10-explore-048
+# %% ../nbs/10_explore.ipynb #10-explore-010
 def _pm(stats: dict, digits: int = 2) -> str:
     return f"{stats['mean']:,.{digits}f} ± {stats['sd']:,.{digits}f}" if stats.get("n") else "none"
 
@@ -533,13 +90,13 @@ def diversity_table(a: dict) -> list[dict]:
              "blocks": d and d["blocks"]} for name, d in a["captions"]["diversity"].items()]
     return [*rows, {"measure": "type/token ratio of the whole: falls as rows are added, so not for comparing", "value": round(a["captions"]["type_token_ratio"], 4)}]
 
-# %% ../nbs/10_explore.ipynb #10-explore-049
+# %% ../nbs/10_explore.ipynb #10-explore-011
 def leakage_table(a: dict) -> list[dict]:
     "Rows of the table of what evaluation sets share with training."
     return [{"evaluation set": name, "pictures": x["pictures"], "much like a training picture": x["pictures_seen"], "questions": x["questions"],
              "much like a training caption": x["questions_seen"]} for name, x in a["leakage"].items()]
 
-# %% ../nbs/10_explore.ipynb #10-explore-051
+# %% ../nbs/10_explore.ipynb #10-explore-013
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#9aa0a6"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
          "font.size": 9, "axes.titlesize": 10, "legend.frameon": False, "figure.dpi": 80}
@@ -551,7 +108,7 @@ def panels(columns: int, width: float = 9, height: float = 3, rows: int = 1, **k
     plt.close(fig)
     return fig, axs.flatten()
 
-# %% ../nbs/10_explore.ipynb #10-explore-052
+# %% ../nbs/10_explore.ipynb #10-explore-014
 def _reach(counts: Counter, share: float) -> int:
     "The value up to which at least `share` of all lie; 1 if there are none."
     seen, wanted = 0, share * counts.total()
@@ -579,7 +136,7 @@ def plot_lengths(corpus: Corpus):
     _histogram(axs[1], corpus.characters, MIN_CHARACTERS, "characters a caption")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-055
+# %% ../nbs/10_explore.ipynb #10-explore-017
 FUNCTION_WORDS = set("a an the this that these those and or but not no of in on at to from for by with as is are was were be been it its there "
                      "here into over under up out he she they we you i his her their your my some any each all more most for".split())
 
@@ -594,7 +151,7 @@ def _bars(ax, counts: list[tuple[str, int]], title: str):
     ax.grid(axis="y", visible=False)
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-056
+# %% ../nbs/10_explore.ipynb #10-explore-018
 def plot_words(corpus: Corpus, top: int = 30):
     "The most frequent words and pairs of words, the boilerplate phrases, and frequency against rank, as a figure."
     import numpy as np
@@ -610,7 +167,7 @@ def plot_words(corpus: Corpus, top: int = 30):
     axs[3].set(xlabel="rank", ylabel="times", title="frequency by rank")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-058
+# %% ../nbs/10_explore.ipynb #10-explore-020
 def plot_images(pictures: Pictures):
     "Widths against heights, shorter sides, size classes by format, brightness and sharpness, as a figure."
     fig, axs = panels(5 if pictures.brightness else 3, width=13 if pictures.brightness else 9)
@@ -634,7 +191,7 @@ def _bins(ax, counts: Counter, xlabel: str, title: str):
     ax.yaxis.set_major_formatter("{x:,.0f}")
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-060
+# %% ../nbs/10_explore.ipynb #10-explore-022
 def plot_saturation(curves: dict[str, list[tuple[int, float]]]):
     "Different words against words, a curve a set: sets compare where both have points."
     fig, (ax,) = panels(1, width=4.6)
@@ -656,7 +213,7 @@ def plot_flags(a: dict):
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-063
+# %% ../nbs/10_explore.ipynb #10-explore-025
 def picture_of(raw: str, root: str | Path):
     "The first picture of a row given as JSON; None if it cannot be shown."
     row = json.loads(raw)
@@ -688,14 +245,7 @@ def _thumbnail(im, side: int = 150):
     from PIL import ImageOps
     return ImageOps.pad(im, (side, side), color="white")
 
-# %% ../nbs/10_explore.ipynb #10-explore-064
-def rows_at(source: str | Path, numbers: Iterable[int]) -> dict[int, str]:
-    "Rows of a file by their number, as JSON."
-    wanted, lines = set(numbers), _has_lines(source)
-    if not wanted: return {}
-    rows = enumerate(_lines(source) if lines else iter_rows(source))
-    return {n: item[1].decode() if lines else _line(item[0]) for n, item in islice(rows, max(wanted) + 1) if n in wanted}
-
+# %% ../nbs/10_explore.ipynb #10-explore-026
 def plot_alike(source: str | Path, root: str | Path, pairs: list[tuple[int, int, int]], picked=None, n: int = 6):
     "Pairs of pictures that look alike, one above the other, with their distance in bits."
     import random
@@ -711,7 +261,7 @@ def plot_alike(source: str | Path, root: str | Path, pairs: list[tuple[int, int,
     if not pairs: axs[0].text(0, 0.5, "no two files look alike")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-066
+# %% ../nbs/10_explore.ipynb #10-explore-028
 def conclusion(a: dict) -> list[str]:
     "What the numbers say, in sentences."
     c, i, r = a["captions"], a["images"], a["rows"]
@@ -730,7 +280,7 @@ def conclusion(a: dict) -> list[str]:
     return out + [f"Of the {x['pictures']:,} pictures of {name}, {x['pictures_seen']:,} look like a training picture; of its {x['questions']:,} questions with answer, {x['questions_seen']:,} read like a "
                   "training caption." for name, x in a["leakage"].items()]
 
-# %% ../nbs/10_explore.ipynb #10-explore-068
+# %% ../nbs/10_explore.ipynb #10-explore-030
 def preview(path: str | Path, root: str | Path | None = None, depth: str = "full", sample: int = 0, workers: int = 0, top: int = 15) -> str:
     "What there is to say of a data set, as text. Image paths are taken from `root`: the folder of the file, if not given."
     path = Path(path).expanduser()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import exp, lgamma
 from statistics import NormalDist, fmean
@@ -17,10 +19,10 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'FLAGS', 'REPETITIVE', 'LOUD', 'RULES', 'MEASURES', 'words',
-           'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words', 'mattr', 'mtld', 'expected_types', 'hdd',
-           'compression', 'self_repetition', 'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate',
-           'Corpus', 'gram_keys', 'inside_one', 'corpus_of', 'diversity', 'common_budget', 'power_law', 'minhash_key',
-           'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
+           'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words', 'numbered', 'mattr', 'mtld', 'expected_types',
+           'hdd', 'compression', 'self_repetition', 'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate',
+           'take_apart', 'Corpus', 'gram_keys', 'inside_one', 'corpus_of', 'diversity', 'common_budget', 'power_law',
+           'minhash_key', 'overlaps', 'neighbours', 'join', 'leaks', 'describe_corpus', 'describe']
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-005
 _word = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -59,46 +61,63 @@ def all_words(captions: Iterable[str]) -> list[str]:
     "The words of all captions, one after the other."
     return [word for caption in captions for word in words(caption)]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-018
+# %% ../nbs/03_lexical.ipynb #03-lexical-019
+def numbered(tokens: list):
+    "Tokens as whole numbers: the same token, the same number."
+    import numpy as np
+    if isinstance(tokens, np.ndarray): return tokens
+    seen = {}
+    return np.array([seen.setdefault(token, len(seen)) for token in tokens], np.int64)
+
+def _before(ids):
+    "For each token the place where the same token last stood, or -1."
+    import numpy as np
+    order = np.argsort(ids, kind="stable")
+    again = ids[order][1:] == ids[order][:-1]
+    before = np.full(len(ids), -1)
+    before[order[1:][again]] = order[:-1][again]
+    return before
+
 def mattr(tokens: list, window: int = 100) -> float:
     "The mean type/token ratio of all windows of `window` tokens; of the whole if it is shorter."
-    if len(tokens) <= window: return ttr(tokens)
-    counts = Counter(tokens[:window])
-    types = total = len(counts)
-    for old, new in zip(tokens, tokens[window:]):
-        counts[old] -= 1
-        types += (counts[new] == 0) - (counts[old] == 0) if new != old else 0
-        counts[new] += 1
-        total += types
-    return total / (len(tokens) - window + 1) / window
+    import numpy as np
+    if len(tokens) <= window: return ttr(list(tokens))
+    place, windows = np.arange(len(tokens)), len(tokens) - window + 1
+    first = np.maximum(_before(numbered(tokens)), place - window) + 1   # the first window that begins after the token's last place and still holds this one
+    last = np.minimum(place, windows - 1)
+    return int(np.maximum(last - first + 1, 0).sum()) / windows / window
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-021
+# %% ../nbs/03_lexical.ipynb #03-lexical-022
 def mtld(tokens: list, threshold: float = 0.72) -> float:
     "The mean number of tokens until the type/token ratio falls to the threshold; all of them if it never does."
-    return fmean(_factor_length(order, threshold) for order in (tokens, tokens[::-1])) if len(tokens) else 0.0
+    ids = numbered(tokens)
+    return fmean(_factor_length(order, threshold) for order in (ids, ids[::-1])) if len(ids) else 0.0
 
-def _factor_length(tokens, threshold):
-    factors, types, n = 0, set(), 0
-    for token in tokens:
-        types.add(token)
-        n += 1
-        if len(types) <= threshold * n: factors, types, n = factors + 1, set(), 0
-    if n: factors += (1 - len(types) / n) / (1 - threshold)
-    return len(tokens) / factors if factors else float(len(tokens))
+def _factor_length(ids, threshold: float) -> float:
+    "The number of tokens a factor, read in one direction."
+    factors, start, types = 0, 0, 0
+    for place, before in enumerate(_before(ids).tolist()):
+        types += before < start
+        if types <= threshold * (place - start + 1): factors, start, types = factors + 1, place + 1, 0
+    left = len(ids) - start
+    if left: factors += (1 - types / left) / (1 - threshold)
+    return len(ids) / factors if factors else float(len(ids))
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-024
+# %% ../nbs/03_lexical.ipynb #03-lexical-025
 def expected_types(times: Counter, n: int) -> float:
     "How many different tokens to expect among `n` drawn without replacement, from how many types (values) occur how often (keys)."
-    N = sum(c * k for c, k in times.items())
-    choose = lambda a, b: lgamma(a + 1) - lgamma(b + 1) - lgamma(a - b + 1)
-    return sum(k * (1 - (exp(choose(N - c, n) - choose(N, n)) if N - c >= n else 0)) for c, k in times.items())
+    total = sum(c * k for c, k in times.items())
+    choose = lambda a: lgamma(a + 1) - lgamma(a - n + 1)   # without n!, which is the same above and below
+    whole = choose(total)
+    missed = sum(k * exp(choose(total - c) - whole) for c, k in times.items() if total - c >= n)
+    return sum(times.values()) - missed
 
 def hdd(tokens: list, draws: int = 42) -> float:
     "The share of different tokens to be expected in `draws` of them (in all, if there are fewer)."
     draws = min(draws, len(tokens))
     return expected_types(Counter(Counter(tokens).values()), draws) / draws if draws else 0.0
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-027
+# %% ../nbs/03_lexical.ipynb #03-lexical-028
 def compression(text: str) -> float:
     "Size in bytes over packed size: the higher, the more repetitive."
     import zlib
@@ -110,7 +129,7 @@ def self_repetition(grams: list) -> float:
     counts = Counter(grams)
     return sum(n for n in counts.values() if n > 1) / len(grams) if len(grams) else 0.0
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-030
+# %% ../nbs/03_lexical.ipynb #03-lexical-031
 @dataclass
 class Diversity:
     "A measure of diversity at a budget, with a 95% interval over blocks."
@@ -121,7 +140,7 @@ class Diversity:
     blocks: int
     def __str__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] at {self.budget:,} tokens, {self.blocks} blocks"
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-032
+# %% ../nbs/03_lexical.ipynb #03-lexical-033
 def tail(k: int) -> float:
     "The share of resamples to leave out at each end, for a 95% interval from `k` values (0.025 for very many)."
     z, v = NormalDist().inv_cdf(0.975), k - 1
@@ -135,14 +154,14 @@ def bootstrap_mean(values: list[float], repeats: int = 1000, seed: int = 0) -> t
     low, high = np.quantile(drawn.mean(1), [a, 1 - a])
     return fmean(values), float(low), float(high)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-035
+# %% ../nbs/03_lexical.ipynb #03-lexical-036
 MIN_WORDS, MIN_CHARACTERS = 6, 20
 
 def too_short(caption: str, min_words: int = MIN_WORDS, min_characters: int = MIN_CHARACTERS) -> bool:
     "Whether a caption has too few words or characters."
     return len(words(caption)) < min_words or len(caption) < min_characters
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-036
+# %% ../nbs/03_lexical.ipynb #03-lexical-037
 BOILERPLATE = ("stock photo", "stock image", "stock illustration", "royalty free", "royalty-free", "clip art", "clipart", "free vector",
     "vector illustration", "download", "click here", "shutterstock", "getty images", "istock", "alamy", "wallpaper for", "all rights reserved",
     "copyright", "for sale", "free shipping", "buy now", "image may contain", "untitled", "no description", "www", "http", "https")
@@ -153,23 +172,127 @@ def boilerplate(caption: str) -> str:
     found = _boilerplate.search(caption.lower())
     return found[0] if found else ""
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-039
-_token = re.compile(_word.pattern + r"|[.!?…。！？]+(?=\s|$)|\x1e", re.M)   # words, ends of sentences, ends of captions
+# %% ../nbs/03_lexical.ipynb #03-lexical-040
 FLAGS = ("too_short", "boilerplate", "repetitive", "ocr_like", "non_latin")
 REPETITIVE, LOUD = 0.3, 0.5
-RULES = {"too_short": f"fewer than {MIN_WORDS} words or {MIN_CHARACTERS} characters", "boilerplate": "a phrase of the picture trade, such as stock photo",
-         "repetitive": f"more than {REPETITIVE:.0%} of its runs of three words occur twice or more in it",
-         "ocr_like": f"more than {LOUD:.0%} of its signs are capitals, digits or symbols", "non_latin": "most of its letters are not Latin"}
+RULES = {
+    "too_short": f"fewer than {MIN_WORDS} words or {MIN_CHARACTERS} characters",
+    "boilerplate": "a phrase of the picture trade, such as stock photo",
+    "repetitive": f"more than {REPETITIVE:.0%} of its runs of three words occur twice or more in it",
+    "ocr_like": f"more than {LOUD:.0%} of its signs are capitals, digits or symbols",
+    "non_latin": "most of its letters are not Latin",
+}
+_END = "\x1e"   # ends a caption within a batch
 
+# %% ../nbs/03_lexical.ipynb #03-lexical-042
+_LETTER, _JOINER, _STOP, _SPACE = 1, 2, 4, 8
+_QUIET = set(".,'’\"-!?;:()")
+
+def _part(c: str) -> int:
+    "What a character is to a word."
+    return _LETTER * c.isalnum() | _JOINER * (c in "'’-") | _STOP * (c in ".!?…。！？") | _SPACE * c.isspace()
+
+def _loudness(c: str) -> float:
+    "Above 0 for a capital, a digit or a symbol, below for other signs: in sum above 0 if the loud ones are more than `LOUD` of them."
+    if c.isspace() or c <= " ": return 0
+    return (c.isupper() or c.isdigit() or not c.isalnum() and c not in _QUIET) - LOUD
+
+def _foreignness(c: str) -> float:
+    "Above 0 for a letter that is not Latin, below for one that is."
+    return 0 if not c.isalpha() else 1 if c > "\u024f" else -1
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-043
+@lru_cache
+def _table(kind, size: int):
+    "What `kind` says of each of the first `size` characters."
+    import numpy as np
+    return np.array([kind(chr(n)) for n in range(size)])
+
+def _points(text: str):
+    "The characters of a text as numbers."
+    import numpy as np
+    if text.isascii(): return np.frombuffer(text.encode(), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+def _look_up(kind, points):
+    "What `kind` says of each character."
+    if points.itemsize == 1: return _table(kind, 1 << 7)[points]
+    import numpy as np
+    found = _table(kind, 1 << 16)[np.minimum(points, 0xffff)]
+    for rare in np.unique(points[points > 0xffff]): found[points == rare] = kind(chr(rare))
+    return found
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-044
+def _sign_flags(text: str):
+    "For each caption in `text` (each ended by \\x1e): is it OCR-like, is it not Latin, and how many characters it has."
+    import numpy as np
+    points = _points(text)
+    ends = np.flatnonzero(points == ord(_END))
+    starts = np.r_[0, ends[:-1] + 1]
+    above = lambda kind: np.add.reduceat(_look_up(kind, points), starts) > 0
+    return above(_loudness), above(_foreignness) if points.itemsize > 1 else np.zeros(len(ends), bool), ends - starts
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-047
+def _word_places(kinds):
+    "Where words begin and where they end, from what each character is."
+    import numpy as np
+    inside = kinds & _LETTER > 0
+    inside[1:-1] |= (kinds[1:-1] & _JOINER > 0) & inside[:-2] & inside[2:]
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    return inside, edges[::2], edges[1::2]
+
+def _each(places, ends):
+    "How many of the places lie in each caption, and the last of them (or -1)."
+    import numpy as np
+    so_far = np.searchsorted(places, ends)
+    n = np.diff(so_far, prepend=0)
+    return n, np.where(n > 0, np.append(places, -1)[so_far - 1], -1)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-048
+def _binary(text: str, points, inside, starts, stops):
+    "The words of a text as an Arrow array of bytes."
+    import numpy as np, pyarrow as pa
+    if points.itemsize == 1: data, ends = points[inside], np.cumsum(stops - starts)
+    else:   # a character takes one to four bytes
+        size = 1 + (points > 0x7f) + (points > 0x7ff) + (points > 0xffff)
+        data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)[np.repeat(inside, size)]
+        ends = np.add.reduceat(np.append(size * inside, 0), np.stack([starts, stops], 1).ravel())[::2].cumsum() if len(starts) else starts
+    offsets = np.append(0, ends).astype(np.int32)
+    return pa.Array.from_buffers(pa.binary(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-049
 class _Vocabulary(dict):
-    "Numbers for words, in the order in which they are first seen; 0 is the end of a caption."
-    def __init__(self): super().__init__({"\x1e": 0}); self.words = ["\x1e"]
+    "Numbers for words, in the order in which they are first seen; 0 is no word."
+    def __init__(self):
+        super().__init__({_END: 0})
+        self.words = [_END]
     def __missing__(self, word):
         self[word] = number = len(self.words)
         self.words.append(word)
         return number
+    def number(self, words):
+        "The numbers of an Arrow array of words."
+        import numpy as np
+        coded = words.dictionary_encode()
+        numbers = [self[word.decode()] for word in coded.dictionary.to_pylist()]
+        places = np.frombuffer(coded.indices.buffers()[1], np.int32, len(words)) if len(words) else []   # Arrow's own `to_numpy` loads pandas
+        return np.array(numbers, np.uint32)[places]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-040
+# %% ../nbs/03_lexical.ipynb #03-lexical-050
+def take_apart(captions: list[str], vocabulary: _Vocabulary):
+    "The numbers of all words, and for each caption how many words and sentences it has."
+    import numpy as np
+    text = _END + _END.join(captions).lower() + _END
+    points = _points(text)
+    kinds = _look_up(_part, points)
+    inside, starts, stops = _word_places(kinds)
+    ends = np.flatnonzero(points == ord(_END))[1:]
+    closes = np.flatnonzero((kinds[:-1] & _STOP > 0) & (kinds[1:] & _SPACE > 0))
+    (words, last_word), (closed, last_close) = _each(starts, ends), _each(closes, ends)
+    sentences = np.where(words > 0, closed + (last_word > last_close), 0)
+    return vocabulary.number(_binary(text, points, inside, starts, stops)), words, sentences
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-052
 _telling = {form for phrase in BOILERPLATE for word in [max(re.split(r"[ -]", phrase), key=len)] for form in (word, word + "s")}
 
 class Corpus:
@@ -177,42 +300,17 @@ class Corpus:
     def __init__(self, vocabulary: _Vocabulary | None = None):
         import tempfile, numpy as np
         self.vocabulary, self.file, self.captions = vocabulary or _Vocabulary(), tempfile.TemporaryFile(prefix="words"), 0
-        self.kind, self.counts = np.ones(1, np.uint8), np.zeros(1, np.int64)   # of each word: 0 word, 1 end of a caption, 2 end of a sentence, 3 may belong to a stock phrase
-        self.lengths, self.hashes, self.growth = [], [], [(0, 0)]              # words and fingerprint of each caption; tokens and types as they grew
+        self.telling, self.counts = np.zeros(1, bool), np.zeros(1, np.int64)   # of each word: may it belong to a stock phrase; how often it occurs
+        self.lengths, self.hashes, self.growth = [], [], [(0, 0)]   # words and fingerprint of each caption; tokens and types as they grew
         self.words, self.characters, self.sentences, self.flags, self.phrases = Counter(), Counter(), Counter(), Counter(), Counter()
     def _learn(self):
         "Says of the new words what they are."
         import numpy as np
-        new = self.vocabulary.words[len(self.kind):]
-        kinds = [2 if w[0] in ".!?…。！？" else 3 if not _telling.isdisjoint((w, *re.split("['’-]", w))) else 0 for w in new]
-        self.kind = np.concatenate([self.kind, np.array(kinds, np.uint8)])
-        self.counts = np.concatenate([self.counts, np.zeros(len(new), np.int64)])
+        new = self.vocabulary.words[len(self.telling):]
+        self.telling = np.append(self.telling, [not _telling.isdisjoint((w, *re.split("['’-]", w))) for w in new]).astype(bool)
+        self.counts = np.append(self.counts, np.zeros(len(new), np.int64))
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-042
-_classes = []
-
-def _signs():
-    "For each of the first 65,536 characters: bit 1 ink, 2 loud (capital, digit, symbol), 4 letter, 8 letter that is not Latin."
-    if not _classes:
-        import numpy as np
-        quiet = set(".,'’\"-!?;:()")
-        def kind(n):
-            c = chr(n)
-            return (not c.isspace() and n > 32) | (c.isupper() or c.isdigit() or not c.isalnum() and c not in quiet and n > 32) << 1 | c.isalpha() << 2 | (c.isalpha() and n > 0x24f) << 3
-        _classes.append(np.array([kind(n) if not 0xd800 <= n < 0xe000 else 3 for n in range(1 << 16)], np.uint8))
-    return _classes[0]
-
-def _sign_flags(text: str):
-    "For each caption in `text` (each ended by \\x1e): is it OCR-like, is it not Latin, and how many characters it has."
-    import numpy as np
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    ends = np.flatnonzero(points == 0x1e)
-    starts, kinds = np.r_[0, ends[:-1] + 1], _signs()[np.minimum(points, 0xffff)]
-    kinds[ends] = 0
-    ink, loud, letters, foreign = (np.add.reduceat((kinds >> bit & 1).astype(np.int32), starts) for bit in range(4))
-    return loud > LOUD * ink, 2 * foreign > letters, ends - starts
-
-# %% ../nbs/03_lexical.ipynb #03-lexical-044
+# %% ../nbs/03_lexical.ipynb #03-lexical-053
 def gram_keys(ids, n: int):
     "A number for each run of `n` neighbouring words: the same run, the same number."
     import numpy as np
@@ -226,22 +324,26 @@ def inside_one(rows, n: int):
     "Which runs of `n` words lie within one caption."
     return rows[n - 1:] == rows[:len(rows) - n + 1]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-046
+# %% ../nbs/03_lexical.ipynb #03-lexical-055
 def _repetitive(ids, rows, n_rows: int):
     "Which captions repeat more than `REPETITIVE` of their runs of three words."
     import numpy as np
-    fits = inside_one(rows, 3) if len(ids) > 2 else np.zeros(0, bool)
-    if not fits.any(): return np.zeros(n_rows, bool)
-    a, at = ids.astype(np.uint64), rows[:-2][fits]
-    runs = (((a[:-2] * np.uint64(0x9E3779B97F4A7C15) + a[1:-1]) * np.uint64(0xC2B2AE3D27D4EB4F) + a[2:]) * np.uint64(0x165667B19E3779F9))[fits] + at.astype(np.uint64)
-    runs *= np.uint64(0x9E3779B97F4A7C15)
+    if len(ids) < 3: return np.zeros(n_rows, bool)
+    inside = inside_one(rows, 3)
+    runs, at = _mixed(ids, rows)[inside], rows[:-2][inside]
     ordered = np.sort(runs)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(twice): return np.zeros(n_rows, bool)
     again = np.bincount(at, np.isin(runs, twice), n_rows)
     return again > REPETITIVE * np.bincount(at, minlength=n_rows)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-047
+def _mixed(ids, rows):
+    "One number for each run of three words and the caption it is in."
+    import numpy as np
+    a, first, second, third = ids.astype(np.uint64), *map(np.uint64, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+    return (((a[:-2] * first + a[1:-1]) * second + a[2:]) * third + rows[:-2].astype(np.uint64)) * first
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-056
 _mix = 0x9E3779B97F4A7C15
 
 def _fingerprints(ids, lengths):
@@ -254,47 +356,59 @@ def _fingerprints(ids, lengths):
     total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(x ^ x >> np.uint64(32), dtype=np.uint64)])
     return total[starts + lengths] - total[starts]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-048
+# %% ../nbs/03_lexical.ipynb #03-lexical-057
 @patch
 def add(self: Corpus, captions: list[str]) -> dict:
     "Takes in some captions; returns arrays with one entry each: words, characters, sentences and the flags."
     import numpy as np
     if not captions: return {name: np.zeros(0, int) for name in ("words", "characters", "sentences", *FLAGS)}
-    text = "\x1e".join([c.replace("\x1e", " ") for c in captions] if any("\x1e" in c for c in captions) else captions) + "\x1e"
-    found = _token.findall(text.lower())
-    ids = np.fromiter(map(self.vocabulary.__getitem__, found), np.uint32, len(found))
+    captions = [c.replace(_END, " ") if _END in c else c for c in captions]
+    ids, words, sentences = take_apart(captions, self.vocabulary)
     self._learn()
-    kind, ends = self.kind[ids], np.flatnonzero(ids == 0)
-    rows, is_word, n = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1)), (kind & 1) == (kind >> 1), len(ends)
-    words, closed = np.bincount(rows, is_word, n).astype(np.int64), np.bincount(rows, kind == 2, n).astype(np.int64)
-    sentences = np.where(words > 0, closed + is_word[ends - 1], 0)
-    return self._count(captions, text, ids[is_word], rows[is_word], words, sentences, np.unique(rows[kind == 3]))
+    rows = np.repeat(np.arange(len(words)), words)
+    ocr, foreign, characters = _sign_flags(_END.join(captions) + _END)
+    return self._count(ids, {
+        "words": words, "characters": characters, "sentences": sentences,
+        "too_short": (words < MIN_WORDS) | (characters < MIN_CHARACTERS),
+        "boilerplate": self._stock(captions, set(rows[self.telling[ids]].tolist())),
+        "repetitive": _repetitive(ids, rows, len(words)), "ocr_like": ocr, "non_latin": foreign})
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-049
 @patch
-def _count(self: Corpus, captions, text, ids, rows, words, sentences, suspects):
-    "Adds up what one batch holds, and returns what it says of each caption."
+def _stock(self: Corpus, captions: list[str], suspects: set[int]):
+    "Which captions hold a stock phrase; only those with a telling word, or the sign, are looked at."
     import numpy as np
-    ocr, foreign, characters = _sign_flags(text)
     stock = np.zeros(len(captions), bool)
-    for i in {*suspects.tolist(), *(i for i, c in enumerate(captions) if "©" in c)} if suspects.size or "©" in text else ():
-        if phrase := boilerplate(captions[i]): stock[i], self.phrases[phrase] = True, self.phrases[phrase] + 1
-    flags = {"too_short": (words < MIN_WORDS) | (characters < MIN_CHARACTERS), "boilerplate": stock, "repetitive": _repetitive(ids, rows, len(words)),
-             "ocr_like": ocr, "non_latin": foreign}
-    for name, on in flags.items(): self.flags[name] += int(on.sum())
-    for counts, values in ((self.words, words), (self.characters, characters), (self.sentences, sentences)): counts.update(values.tolist())
-    self.counts += np.bincount(ids, minlength=len(self.counts))
-    self.file.write(ids.astype(np.uint32).tobytes())
-    self.lengths.append(words.astype(np.uint32)); self.hashes.append(_fingerprints(ids, words))
-    self.captions += len(captions)
-    self.growth.append((self.growth[-1][0] + len(ids), int(np.count_nonzero(self.counts))))
-    return {"words": words, "characters": characters, "sentences": sentences, **flags}
+    for i in sorted(suspects | {i for i, c in enumerate(captions) if "©" in c}):
+        if phrase := boilerplate(captions[i]):
+            stock[i] = True
+            self.phrases[phrase] += 1
+    return stock
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-054
+# %% ../nbs/03_lexical.ipynb #03-lexical-058
+@patch
+def _count(self: Corpus, ids, found: dict) -> dict:
+    "Adds up what one batch holds, and returns what was found of each caption."
+    import numpy as np
+    for name in FLAGS: self.flags[name] += int(found[name].sum())
+    for name in ("words", "characters", "sentences"): getattr(self, name).update(found[name].tolist())
+    self.counts += np.bincount(ids, minlength=len(self.counts))
+    self.file.write(ids.tobytes())
+    self.lengths.append(found["words"].astype(np.uint32))
+    self.hashes.append(_fingerprints(ids, found["words"]))
+    self.captions += len(found["words"])
+    self.growth.append((self.growth[-1][0] + len(ids), int(np.count_nonzero(self.counts))))
+    return found
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-063
+def _lengths(self: Corpus):
+    "How many words each caption has."
+    import numpy as np
+    return np.concatenate([np.zeros(0, np.uint32), *self.lengths])
+
 def _offsets(self: Corpus):
     "Where each caption's words begin in the file; one more than there are captions."
     import numpy as np
-    return np.concatenate([np.zeros(1, np.int64), *[part.astype(np.int64) for part in self.lengths]]).cumsum()
+    return np.append(0, _lengths(self).cumsum(dtype=np.int64))
 
 def _slices(self: Corpus, captions: int = 20_000) -> Iterator[tuple]:
     "The words of some captions at a time, with the number of the caption that each is in."
@@ -309,7 +423,7 @@ def _words_at(self: Corpus, start: int, end: int):
     import numpy as np, os
     return np.frombuffer(os.pread(self.file.fileno(), 4 * int(end - start), 4 * int(start)), np.uint32)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-055
+# %% ../nbs/03_lexical.ipynb #03-lexical-064
 @patch
 def draw(self: Corpus, tokens: int, seed: int = 0):
     "About `tokens` words (all, if there are fewer) of captions drawn by chance, laid end to end, with the number of the draw each belongs to."
@@ -322,7 +436,7 @@ def draw(self: Corpus, tokens: int, seed: int = 0):
     parts = [_words_at(self, offsets[i], offsets[i + 1]) for i in order]
     return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-057
+# %% ../nbs/03_lexical.ipynb #03-lexical-066
 MEASURES = {"distinct_1": "different words per word", "distinct_2": "different pairs of words per pair", "distinct_3": "different runs of three per run",
             "mattr": "different words in windows of 50", "mtld": "words until the ratio falls to 0.72", "hdd": "different words in 42 drawn",
             "compression": "size over packed size (higher: more repetitive)", "self_repetition": "runs of four words said twice or more (higher: more repetitive)"}
@@ -342,7 +456,7 @@ def _distinct(ids, rows, n: int, budget: int, most: int) -> list[float]:
     keys = gram_keys(ids, n)[inside_one(rows, n)] if len(ids) >= n else ids[:0]
     return [len(np.unique(keys[i:i + budget])) / budget for i in range(0, min(len(keys) - budget, (most - 1) * budget) + 1, budget)]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-058
+# %% ../nbs/03_lexical.ipynb #03-lexical-067
 @patch
 def blocks(
     self: Corpus,
@@ -364,7 +478,7 @@ def diverse(self: Corpus, budget: int, measures: Iterable[str] = tuple(MEASURES)
     found = self.blocks(budget, fit, seed, most) if budget else {}
     return {name: Diversity(*bootstrap_mean(v, seed=seed), budget, len(v)) if len(v := found.get(name, [])) > 1 else None for name in measures}
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-059
+# %% ../nbs/03_lexical.ipynb #03-lexical-068
 def corpus_of(captions: Iterable[str], batch: int = 1000) -> Corpus:
     "A corpus of captions that are at hand."
     corpus, captions = Corpus(), iter(captions)
@@ -384,7 +498,7 @@ def common_budget(*corpora: list[str], blocks: int = 20, most: int = 1000) -> in
     "The largest budget, up to `most`, at which each corpus fills at least `blocks` blocks of words (0 if one has none)."
     return min([most, *(sum(len(words(c)) for c in corpus) // blocks for corpus in corpora)])
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-064
+# %% ../nbs/03_lexical.ipynb #03-lexical-073
 @patch
 def saturation(self: Corpus, points: int = 30) -> list[tuple[int, float]]:
     "Tokens and the different words to be expected among so many, at points evenly spaced on a logarithmic scale."
@@ -404,126 +518,178 @@ def power_law(x, y) -> dict | None:
     left, spread = ((y - start - slope * x)**2).sum(), ((y - y.mean())**2).sum()
     return {"factor": float(np.exp(start)), "exponent": float(slope), "r2": float(1 - left / spread) if spread > 0 else None}
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-068
-@patch
-def top_grams(self: Corpus, n: int, top: int = 30, room: int = 4_000_000) -> dict:
-    "The number of runs of `n` words (2 or 3), how many of them are different, and the most frequent."
+# %% ../nbs/03_lexical.ipynb #03-lexical-077
+def _gram_codes(self: Corpus, n: int) -> Iterator:
+    "Runs of `n` words as numbers with 21 bits a word (two million words; beyond them a run is left out)."
     import numpy as np
-    parts, total, distinct, best = max(1, -(-int(self.counts.sum()) // room)), 0, 0, Counter()
-    for part in range(parts):
-        keys = np.concatenate([np.zeros(0, np.uint64), *[k[_spread(k) % np.uint64(parts) == part] for k in _gram_codes(self, n)]])
+    for ids, rows in _slices(self):
+        if len(ids) < n: continue
+        keys = np.zeros(len(ids) - n + 1, np.uint64)
+        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(keys) + k]
+        known = ids < 1 << 21
+        yield keys[inside_one(rows, n) & np.logical_and.reduce([known[k:len(keys) + k] for k in range(n)])]
+
+def _dealt(codes: Iterator, parts: int) -> Iterator:
+    "All codes in `parts` arrays, equal ones in the same."
+    import tempfile, numpy as np
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile(prefix="runs")) for _ in range(parts)]
+        for keys in codes:
+            part = (keys * np.uint64(_mix) >> np.uint64(40)).astype(np.uint32) % parts
+            order = np.argsort(part.astype(np.uint16), kind="stable")
+            ends = np.bincount(part, minlength=parts).cumsum()
+            for file, some in zip(files, np.split(keys[order], ends[:-1])): file.write(some.tobytes())
+        for file in files:
+            file.seek(0)
+            yield np.frombuffer(file.read(), np.uint64)
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-078
+@patch
+def top_grams(self: Corpus, n: int, top: int = 30, room: int = 1 << 18) -> dict:
+    "The number of runs of `n` words (2 or 3), how many of them are different, and the most frequent; about `room` runs are in memory at a time."
+    import numpy as np
+    parts, total, distinct, best = min(256, int(self.counts.sum()) // room + 1), 0, 0, Counter()
+    for keys in _dealt(_gram_codes(self, n), parts):
         keys, times = np.unique(keys, return_counts=True)
         total, distinct = total + int(times.sum()), distinct + len(keys)
         for i in np.argsort(-times, kind="stable")[:top]: best[int(keys[i])] = int(times[i])
     spelled = lambda key: " ".join(self.vocabulary.words[key >> 21 * k & 0x1fffff] for k in range(n - 1, -1, -1))
     return {"runs": total, "different": distinct, "most_frequent": [(spelled(key), times) for key, times in best.most_common(top)]}
 
-def _spread(keys):
+# %% ../nbs/03_lexical.ipynb #03-lexical-081
+def _hashed(ids):
+    "A well-mixed number for each word."
     import numpy as np
-    return keys * np.uint64(_mix) >> np.uint64(40)
+    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    return x ^ x >> np.uint64(31)
 
-def _gram_codes(self: Corpus, n: int):
-    "Runs of `n` words as numbers with 21 bits a word (two million words; beyond them a run is left out)."
+def minhash_key(words, lengths, band: int):
+    "One key of 32 bits a caption, equal for captions whose word sets agree under the four hash functions of this band."
     import numpy as np
-    for ids, rows in _slices(self):
-        if len(ids) < n: continue
-        ids, keys = ids.astype(np.uint64), np.zeros(len(ids) - n + 1, np.uint64)
-        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(ids) - n + 1 + k]
-        yield keys[inside_one(rows, n)]
+    starts, full, keys = np.cumsum(lengths) - lengths, lengths > 0, np.zeros(len(lengths), np.uint64)
+    for k in range(4 * band, 4 * band + 4 if full.any() else 0):
+        h = (words ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
+        least = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32), starts[full])
+        keys[full] = (keys[full] ^ least) * np.uint64(0x165667B19E3779F9)
+    return (keys >> np.uint64(32)).astype(np.uint32)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-071
-def minhash_key(ids, lengths, band: int):
-    "One key of 64 bits for each caption, equal for captions whose word sets agree under four hash functions of this band."
+def _bitmaps(words, lengths):
+    "Each caption's words as marks in 64 bits."
     import numpy as np
-    starts, keys, full = np.cumsum(lengths) - lengths, np.zeros(len(lengths), np.uint64), lengths > 0
-    x = np.arange(1, int(ids.max(initial=0)) + 2, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)   # of each word, not each time it is said
-    for k in range(4 * band, 4 * band + 4):
-        h = (x ^ x >> np.uint64(31) ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix)
-        least = np.zeros(len(lengths), np.uint64)
-        if full.any(): least[full] = np.minimum.reduceat((h >> np.uint64(32)).astype(np.uint32)[ids], starts[full])
-        keys = (keys ^ least) * np.uint64(0x165667B19E3779F9)
-    return keys
+    marks, out, full = np.uint64(1) << (words >> np.uint64(58)), np.zeros(len(lengths), np.uint64), lengths > 0
+    if full.any(): out[full] = np.bitwise_or.reduceat(marks, (np.cumsum(lengths) - lengths)[full])
+    return out
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-072
-def _band_keys(self: Corpus, band: int):
-    "The key of every caption in one band."
+# %% ../nbs/03_lexical.ipynb #03-lexical-082
+def _each_caption(self: Corpus, what, kind: str, *args):
+    "One number for each caption: what `what(words, lengths, *args)` says, some captions at a time."
     import numpy as np
-    offsets, keys = _offsets(self), []
-    for first, (ids, _) in enumerate(_slices(self)): keys.append(minhash_key(ids, np.diff(offsets[20_000 * first:20_000 * (first + 1) + 1]), band))
-    return np.concatenate([np.zeros(0, np.uint64), *keys])
+    lengths, out = _lengths(self), np.zeros(self.captions, kind)
+    for ids, rows in _slices(self, 5000):
+        part = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+        out[part] = what(_hashed(ids), lengths[part].astype(np.int64), *args)
+    return out
 
+def _band(self: Corpus, band: int): return _each_caption(self, minhash_key, "uint32", band)
+
+def _may_overlap(x: tuple, y: tuple, overlap: float):
+    "Which pairs of (bitmap, number of words) can reach the overlap: each bit that differs is a word that only one of them has."
+    import numpy as np
+    (a, m), (b, n) = x, y
+    return np.bitwise_count(a ^ b) <= (m + n).astype(float) * (1 - overlap) / (1 + overlap) + 1e-9
+
+# %% ../nbs/03_lexical.ipynb #03-lexical-085
 def _cells(corpus: Corpus, rows, offsets):
     "The word set of each of the captions `rows`, as (place in `rows`, word) packed in one number."
     import numpy as np
-    lengths = offsets[rows + 1] - offsets[rows]
-    at = np.arange(lengths.sum()) + np.repeat(offsets[rows] - lengths.cumsum() + lengths, lengths)
-    words = np.memmap(corpus.file, np.uint32, "r")[at]   # pages of the file, which the system takes back when it needs them
-    cells = np.sort(np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words)
+    words = [_words_at(corpus, offsets[row], offsets[row + 1]) for row in rows]
+    cells = np.repeat(np.arange(len(rows), dtype=np.uint64), [len(w) for w in words]) << np.uint64(32) | np.concatenate(words)
+    cells.sort()
     return cells[np.r_[True, cells[1:] != cells[:-1]]] if len(cells) else cells   # numpy's own `unique` takes ten times as long
 
-def overlaps(a: Corpus, b: Corpus, pairs):
+def overlaps(a: Corpus, b: Corpus, pairs, batch: int = 5000):
     "The Jaccard overlap of word sets for pairs (a row of `a`, a row of `b`); both must count words by one vocabulary."
     import numpy as np
-    if not len(pairs): return np.zeros(0)
-    x, y = _cells(a, pairs[:, 0], _offsets(a)), _cells(b, pairs[:, 1], _offsets(b))
-    count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(pairs))
-    both = count(np.intersect1d(x, y, assume_unique=True))
-    return both / np.maximum(count(x) + count(y) - both, 1)
+    out, of_a, of_b = [np.zeros(0)], _offsets(a), _offsets(b)
+    for corpus in (a, b): corpus.file.flush()
+    for some in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
+        x, y = _cells(a, some[:, 0], of_a), _cells(b, some[:, 1], of_b)
+        count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(some))
+        both = count(np.intersect1d(x, y, assume_unique=True))
+        out.append(both / np.maximum(count(x) + count(y) - both, 1))
+    return np.concatenate(out)
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-073
-def neighbours(keys, groups):
-    "Pairs of rows with one key and of different groups so far: each row with the one before it and with the first, in the order of keys."
+# %% ../nbs/03_lexical.ipynb #03-lexical-086
+def neighbours(keys, batch: int = 1 << 17) -> Iterator[tuple]:
+    "Pairs (a, b) of places with one key, a before b: each with the one before it in the line of its key, then with the first of that line."
     import numpy as np
-    order = np.argsort(keys, kind="stable")
-    same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-    first = np.arange(len(keys))
+    line = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
+    line.sort()
+    same = np.flatnonzero(line[1:] >> np.uint64(32) == line[:-1] >> np.uint64(32)).astype(np.uint32) + np.uint32(1)
+    rows = line.astype(np.uint32)   # the lower half
+    first = np.arange(len(keys), dtype=np.uint32)
     first[same] = 0
     first = np.maximum.accumulate(first)[same]
-    pairs = np.concatenate([np.stack([order[same - 1], order[same]], 1), np.stack([order[first], order[same]], 1)])
-    return np.unique(np.sort(pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]], 1), axis=0)
+    far = first != same - 1
+    for ahead, here in ((same - 1, same), (first[far], same[far])):
+        for i in range(0, len(here), batch): yield rows[ahead[i:i + batch]], rows[here[i:i + batch]]
 
 def join(groups, pairs):
     "Groups, each named by its lowest row, after joining those of each pair."
     import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    ends, n = groups[pairs], len(groups)
-    whole = connected_components(coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (n, n)), directed=False)[1][groups]
-    _, first, place = np.unique(whole, return_index=True, return_inverse=True)
-    return first[place]
+    while len(pairs):
+        ends = groups[pairs]
+        apart = ends[:, 0] != ends[:, 1]
+        if not apart.any(): break
+        pairs, ends = pairs[apart], ends[apart]
+        groups = groups.copy()
+        np.minimum.at(groups, ends.max(1), ends.min(1))   # the higher name points to the lower one
+        while (groups[groups] != groups).any(): groups = groups[groups]
+    return groups
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-075
+# %% ../nbs/03_lexical.ipynb #03-lexical-088
+def _same_words(hashes, lengths):
+    "For each caption the first row with the same words in the same order; captions without words stay alone."
+    import numpy as np
+    order = np.argsort(hashes, kind="stable")
+    line = hashes[order]
+    first = np.arange(len(line))
+    first[1:][line[1:] == line[:-1]] = 0
+    groups = np.empty(len(line), np.int64)
+    groups[order] = order[np.maximum.accumulate(first)]
+    return np.where(lengths > 0, groups, np.arange(len(line)))
+
 @patch
-def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8, batch: int = 20_000):
+def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8):
     "For each caption the first row of its group; a group is linked by overlaps of at least `overlap`. Captions without words stay alone."
     import numpy as np
-    hashes, lengths = (np.concatenate([np.zeros(0, np.uint64), *parts]) for parts in (self.hashes, self.lengths))
-    _, first, place = np.unique(hashes, return_index=True, return_inverse=True)   # the same words are one group from the start
-    groups = np.where(lengths > 0, first[place], np.arange(len(hashes))) if len(hashes) else np.zeros(0, int)
-    lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0))
+    lengths = _lengths(self)
+    groups = _same_words(np.concatenate([np.zeros(0, np.uint64), *self.hashes]), lengths)
+    lone = np.flatnonzero((groups == np.arange(len(groups))) & (lengths > 0)).astype(np.uint32)
+    marks = _each_caption(self, _bitmaps, "uint64")
     for band in range(bands if len(lone) > 1 else 0):
-        pairs = lone[neighbours(_band_keys(self, band)[lone], groups[lone])]
-        for part in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
-            part = part[groups[part[:, 0]] != groups[part[:, 1]]]
-            groups = join(groups, part[overlaps(self, self, part) >= overlap])
+        for a, b in neighbours(_band(self, band)[lone]):
+            a, b = lone[a], lone[b]
+            near = (groups[a] != groups[b]) & _may_overlap((marks[a], lengths[a]), (marks[b], lengths[b]), overlap)
+            pairs = np.stack([a[near], b[near]], 1).astype(np.int64)
+            groups = join(groups, pairs[overlaps(self, self, pairs) >= overlap])
     return groups
 
 def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> list[tuple[int, int, float]]:
     "Captions of a held-out set with a near-duplicate in training: (its row, a training row, their overlap), the closest one each."
     import numpy as np
-    best = {}
+    best, lengths = {}, _lengths(held)
     for band in range(bands if held.captions and train.captions else 0):
-        keys, asked = _band_keys(train, band), _band_keys(held, band)
+        asked, keys = _band(held, band), _band(train, band)
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-        hit = np.flatnonzero((keys[at] == asked) & (np.concatenate(held.lengths) > 0))
+        at = np.minimum(np.searchsorted(keys, asked, sorter=order), len(order) - 1)
+        hit = np.flatnonzero((keys[order[at]] == asked) & (lengths > 0))
         pairs = np.stack([hit, order[at[hit]]], 1)
         for (row, other), x in zip(pairs.tolist(), overlaps(held, train, pairs).tolist()):
             if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x
     return [(row, *found) for row, found in sorted(best.items())]
 
-# %% ../nbs/03_lexical.ipynb #03-lexical-078
+# %% ../nbs/03_lexical.ipynb #03-lexical-091
 def describe_corpus(
     corpus: Corpus,
     budget: int | None = None,  # words a block for the diversity; the largest that gives 20 blocks if not given (1,000 at most)
@@ -533,11 +699,18 @@ def describe_corpus(
     import numpy as np
     tokens, n = int(corpus.counts.sum()), max(corpus.captions, 1)
     types, budget = int(np.count_nonzero(corpus.counts)), min(1000, tokens // 20) if budget is None else budget
-    hashes = np.concatenate([np.zeros(0, np.uint64), *corpus.hashes])
-    return {"captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
-            "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
-            "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
-            "unique_captions": len(np.unique(hashes)) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
+    return {
+        "captions": corpus.captions, "words": length_stats(corpus.words), "characters": length_stats(corpus.characters),
+        "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
+        "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
+        "unique_captions": _different(corpus.hashes) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
+
+def _different(parts: list) -> int:
+    "How many different numbers some arrays hold; sorted in place, which takes a third of the memory of numpy's `unique`."
+    import numpy as np
+    line = np.concatenate([np.zeros(0, np.uint64), *parts])
+    line.sort()
+    return len(line) and 1 + int(np.count_nonzero(line[1:] != line[:-1]))
 
 def describe(
     captions: list[str],

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blip2mgm import explore as module
+from blip2mgm import survey as module
 from blip2mgm.cli import main
 from blip2mgm.core import ConfigError, UserError
 from blip2mgm.data import Picture, gate, text_of, write_dj
-from blip2mgm.explore import (ExploreConfig, Pictures, Seen, alike, analyse, close_pairs, conclusion, count_rows, diversity_table, explore, fingerprint, image_stats,
-                              leakage, measure, measures, plot_alike, plot_flags, plot_gallery, plot_images, plot_lengths, plot_saturation, plot_words, preview)
+from blip2mgm.explore import ExploreConfig, conclusion, diversity_table, measures, plot_alike, plot_flags, plot_gallery, plot_images, plot_lengths, plot_saturation, plot_words, preview, share_interval
 from blip2mgm.lexical import corpus_of
+from blip2mgm.survey import Pictures, Seen, alike, analyse, close_pairs, count_rows, explore, fingerprint, image_stats, leakage, measure
 from blip2mgm.tasks import Question
 
 CAPTIONS = ["stock photo", "a red bus on the road to the $2 sign_x^2", "a <b>bold</b> caption with { braces } and $ signs"]
@@ -93,7 +93,7 @@ def test_sample(folder):
     assert (a.rows, a.of) == (500, 4500) and analyse(a) == analyse(b) != analyse(c)
     whole, shown = analyse(explore(source, folder, "text")), measures(analyse(a))
     assert any("[" in r["value"] for r in shown) and not any("[" in r["value"] for r in measures(whole))
-    low, high = module.share_interval(analyse(a)["captions"]["too_short"], 500, 4500)
+    low, high = share_interval(analyse(a)["captions"]["too_short"], 500, 4500)
     assert low < whole["captions"]["too_short"] < high and count_rows(source) == 4500
 
 
