@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .core import UserError, show_path, show_table, write_json, write_text
-from .mgm import MGM, original_name, our_name, stage1_parameters
+from .mgm import MGM, stage1_parameters
+from .published import original_name, our_name
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-008
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -196,10 +197,11 @@ def save(
     return folder
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-041
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    "A safetensors file, all or nothing."
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
+    "A safetensors file with some words about it, all or nothing."
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt", **about})
+    with part.open("rb") as f: os.fsync(f.fileno())
     os.replace(part, path)
 
 def facts_of(model: MGM) -> dict:

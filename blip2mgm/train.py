@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib, json, math, os, sys, time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -16,16 +15,18 @@ from fastcore.basics import patch
 
 from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, file_hash, inside, read_json, read_jsonl, read_yaml,
                            resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
+from .health import Finding, diagnose, findings_table, label_view, preflight
+from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, lr_factor, read_checkpoint
+from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
 
 # %% auto #0
-__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'caption_rows',
-           'count_labels', 'encode_row', 'encode_rows', 'sample_order', 'FeatureStore', 'picture_features', 'fill',
-           'features_fingerprint', 'make_features', 'pieces', 'batch_loss', 'gradients', 'blame', 'check_finite',
-           'lr_factor', 'StepLog', 'optimiser', 'train_stage', 'take_step', 'Job', 'is_done', 'mark_done', 'steps_of',
-           'planned', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker', 'Worker',
-           'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs',
-           'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'train', 'finish', 'load_trained',
-           'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion']
+__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'fill',
+           'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of', 'planned',
+           'hold_out', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker',
+           'Worker', 'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
+           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'train', 'finish',
+           'load_trained', 'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd', 'results_table',
+           'data_table', 'conclusion', 'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -50,21 +51,36 @@ class TrainConfig(Config):
     lora_lr: float = 2.0e-3  # of the adapter in stage 2
     projector_lr: float = 2.0e-4  # of mining and projector in stage 2
     warmup: float = 0.03  # share of the steps in which the learning rate rises
+    schedule: str = "cosine"  # of the learning rate after its rise: cosine, linear or constant
     clip_norm: float = 1.0  # longer gradients are shortened to this
+    grouped: bool = False  # batches of one kind (with or without a picture) and of similar length
     micro_batch: int = 16  # samples computed at a time; the result does not depend on it
+    precision: str = "fp32"  # of frozen weights and products: fp32, bf16 or fp16; what is trained stays in 32 bits
+    gradient_checkpointing: bool = False  # a third more work for much less memory
+    checkpoint_every: int = 50  # steps from one checkpoint to the next
+    on_bad: str = "stop"  # at a loss or gradient that is not finite: stop, or skip the batch
+    on_spike: str = "rewind"  # at a loss three times that of the steps before: rewind to find its cause, or ignore
+    held_out: int = 0  # instruction rows that are only looked at, whenever a checkpoint is due
+    patience: int = 0  # stage 2 ends when their loss was not lower this many times in a row; 0: never
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
 @patch
 def check(self: TrainConfig) -> None:
     "Raises ConfigError for a value that cannot be."
-    for name in ("seeds", "stage1_samples", "stage1_batch", "stage2_batch", "lora_r", "lora_alpha", "micro_batch", "workers", "max_length"):
+    for name in ("seeds", "stage1_samples", "stage1_batch", "stage2_batch", "lora_r", "lora_alpha", "micro_batch", "workers", "max_length", "checkpoint_every"):
         if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
     for name in ("stage1_lr", "lora_lr", "projector_lr", "clip_norm"):
         if getattr(self, name) <= 0: raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
     for name in ("lora_dropout", "warmup"):
         if not 0 <= getattr(self, name) < 1: raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
     if not self.arms or len(set(self.arms)) < len(self.arms): raise ConfigError(f"arms must name at least one arm, each once: {self.arms}")
+    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"))
+    for name, known in choices.items():
+        if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+    for name in ("held_out", "patience"):
+        if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+    if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
     if self.stage2_samples < 0: raise ConfigError(f"stage2_samples must be 0 (each row once) or more, not {self.stage2_samples}")
 
 # %% ../nbs/30_train.ipynb #30-train-011
@@ -79,95 +95,16 @@ def model_folder(cfg: TrainConfig) -> Path:
 # %% ../nbs/30_train.ipynb #30-train-012
 def base_model(cfg: TrainConfig):
     "The model at step 0 and its tokenizer."
+    import torch
     from transformers import AutoTokenizer
-    from blip2mgm.mgm import from_parts
+    from blip2mgm.mgm import from_parts, stage1_parameters
     folder = model_folder(cfg)
-    model = from_parts(folder/"gemma", folder/"clip", folder/"convnext", seed=cfg.step0_seed, max_length=cfg.max_length)
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
+    model = from_parts(folder/"gemma", folder/"clip", folder/"convnext", seed=cfg.step0_seed, dtype=dtype, max_length=cfg.max_length)
+    for p in stage1_parameters(model).values(): p.data = p.data.float()
     return model, AutoTokenizer.from_pretrained(folder/"gemma")
 
 # %% ../nbs/30_train.ipynb #30-train-015
-def caption_rows(path: Path, prompt: str) -> list[dict]:
-    "An arm's captions as LLaVA rows."
-    from blip2mgm.data import caption_of, read_dj
-    talk = lambda caption: [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": caption}]
-    return [dict(id=str(r["id"]), image=r["images"][0], conversations=talk(caption_of(r["text"]))) for r in read_dj(path)]
-
-# %% ../nbs/30_train.ipynb #30-train-016
-def count_labels(ids: Sequence[int], labels: Sequence[int], n_patches: int, max_length: int) -> int:
-    "Labels that are left once image tokens are in place and what is too long is cut."
-    from blip2mgm.mgm import IGNORE, IMAGE_ID
-    at, n = 0, 0
-    for i, l in zip(ids, labels):
-        n += l != IGNORE and 0 < at < max_length
-        at += n_patches if i == IMAGE_ID else 1
-    return n
-
-# %% ../nbs/30_train.ipynb #30-train-019
-def encode_row(row: dict, tokenizer, n_patches: int, max_length: int) -> dict:
-    "Token ids, labels and how many of these count."
-    from blip2mgm.mgm import encode_conversation
-    s = encode_conversation(row["conversations"], tokenizer, bool(row.get("image")), max_length)
-    return dict(input_ids=s["input_ids"], labels=s["labels"], n_labels=count_labels(s["input_ids"], s["labels"], n_patches, max_length))
-
-# %% ../nbs/30_train.ipynb #30-train-020
-def encode_rows(
-    rows: list[dict],   # LLaVA rows
-    tokenizer,
-    n_patches: int,     # image tokens a picture becomes
-    max_length: int,
-    known: dict | None = None,  # texts encoded before: arms share many
-) -> tuple[list[dict], list[str]]:  # samples {id, image, input_ids, labels, n_labels}, ids of the rows left out
-    "Rows as token ids and labels."
-    known, samples, left_out = {} if known is None else known, [], []
-    for row in rows:
-        key = json.dumps([row["conversations"], bool(row.get("image"))])
-        if key not in known: known[key] = encode_row(row, tokenizer, n_patches, max_length)
-        if known[key]["n_labels"]: samples.append(dict(id=str(row["id"]), image=row.get("image"), **known[key]))
-        else: left_out.append(str(row["id"]))
-    return samples, left_out
-
-# %% ../nbs/30_train.ipynb #30-train-023
-def sample_order(
-    ids: Sequence[str],   # of the rows
-    n: int,               # samples wanted
-    *key,                 # what decides the order besides the ids: seed, stage
-) -> list[int]:           # positions in `ids`, some more than once if n is larger
-    "Which sample comes when."
-    order, turn = [], 0
-    while len(order) < n and ids:
-        number = lambda i: hashlib.blake2b(f"{key} {turn} {ids[i]}".encode(), digest_size=8).digest()
-        order += sorted(range(len(ids)), key=number)
-        turn += 1
-    return order[:n]
-
-# %% ../nbs/30_train.ipynb #30-train-026
-class FeatureStore:
-    "Features of pictures in memory-mapped files: `store([names])` gives them as a float32 batch (None: any, for a sample without a picture)."
-    def __init__(self, folder: Path):
-        import numpy as np
-        self.folder, self.about = Path(folder), read_json(Path(folder)/"features.json")
-        self.row = {name: i for i, name in enumerate(self.about["pictures"])}
-        self.arrays = [np.load(self.folder/f"{a}.npy", mmap_mode="r") for a in self.about["arrays"]]
-
-    def __call__(self, pictures: Sequence[str]):
-        import torch
-        from blip2mgm.mgm import Features
-        at = [self.row.get(p, 0) if p is None else self.row[p] for p in pictures]
-        clip, *aux = [torch.from_numpy(a[at]).float() for a in self.arrays]
-        return Features(clip, aux)
-
-# %% ../nbs/30_train.ipynb #30-train-027
-def picture_features(model, root: Path, pictures: Sequence[str], aspect: str) -> dict:
-    "Features of some pictures of the data folder, in 16 bits, by the name of their file."
-    import torch
-    from blip2mgm.data import open_picture
-    from blip2mgm.mgm import preprocess
-    with torch.no_grad():
-        pixels = torch.stack([preprocess(open_picture(inside(root, p)), aspect, model.config.image_size_aux) for p in pictures])
-        seen = model.vision_features(images_aux=pixels).to("cpu", torch.float16)
-    return dict(clip=seen.clip, **{f"aux{i}": a for i, a in enumerate(seen.aux)})
-
-# %% ../nbs/30_train.ipynb #30-train-028
 def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
     "Features of `pictures` into the rows from `start` on; the unit of parallel work."
     import numpy as np
@@ -178,25 +115,25 @@ def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures:
         out.flush()
     return len(pictures)
 
-# %% ../nbs/30_train.ipynb #30-train-029
+# %% ../nbs/30_train.ipynb #30-train-016
 _made = {}
 
 def _model(cfg: TrainConfig):
     "The base model, made once in each process."
-    key = (str(model_folder(cfg)), cfg.step0_seed, cfg.max_length)
+    key = (str(model_folder(cfg)), cfg.step0_seed, cfg.max_length, cfg.precision)
     if key not in _made: _made.clear(); _made[key] = base_model(cfg)[0]
     return _made[key]
 
-# %% ../nbs/30_train.ipynb #30-train-030
+# %% ../nbs/30_train.ipynb #30-train-017
 def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], aspect: str) -> str:
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
     pictures = [(p, file_hash(inside(root, p))) for p in pictures]
-    return _hash([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, code_hash("mgm")])
+    return _hash([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, code_hash("mgm"), code_hash("samples")])
 
 def _hash(obj) -> str: return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/30_train.ipynb #30-train-031
+# %% ../nbs/30_train.ipynb #30-train-018
 def make_features(
     cfg: TrainConfig,
     root: Path,                # data folder
@@ -221,109 +158,7 @@ def make_features(
     write_json(folder/"features.json", dict(fingerprint=fingerprint, aspect=aspect, arrays=list(arrays), pictures=pictures))
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-033
-def pieces(batch: list[dict], size: int) -> list[list[dict]]:
-    "The batch in pieces of at most `size` samples of similar length."
-    batch = sorted(batch, key=lambda s: len(s["input_ids"]))
-    n = math.ceil(len(batch)/size)
-    return [batch[len(batch)*i//n:len(batch)*(i+1)//n] for i in range(n)]
-
-# %% ../nbs/30_train.ipynb #30-train-035
-def batch_loss(model, batch: list[dict], store: FeatureStore, n_labels: int):
-    "The piece's part of the batch's loss."
-    from blip2mgm.mgm import collate
-    inputs = collate(batch, model.gemma.config.pad_token_id)
-    return model(**inputs, features=store([s["image"] for s in batch]), n_labels=n_labels).loss
-
-# %% ../nbs/30_train.ipynb #30-train-036
-def gradients(model, batch: list[dict], store: FeatureStore, micro_batch: int) -> tuple[float, int]:
-    "Adds the batch's gradients; returns its mean loss over label tokens and their number."
-    n = sum(s["n_labels"] for s in batch)
-    loss = 0.0
-    for piece in pieces(batch, micro_batch):
-        part = batch_loss(model, piece, store, n)
-        part.backward()
-        loss += part.item()
-    return loss, n
-
-# %% ../nbs/30_train.ipynb #30-train-038
-def blame(model, batch: list[dict], store: FeatureStore) -> list[str]:
-    "Ids of the samples whose own loss is not finite."
-    import torch
-    with torch.no_grad(): return [s["id"] for s in batch if not torch.isfinite(batch_loss(model, [s], store, s["n_labels"]))]
-
-# %% ../nbs/30_train.ipynb #30-train-039
-def check_finite(model, batch, store, where: str, loss: float, norm: float) -> None:
-    "Raises UserError if the loss or the gradient is not finite."
-    if math.isfinite(loss) and math.isfinite(norm): return
-    bad = blame(model, batch, store)
-    named = f"samples {', '.join(bad)}" if bad else f"one of the samples {', '.join(s['id'] for s in batch)} (none of them alone)"
-    what = "gradient" if math.isfinite(loss) else "loss"
-    raise UserError(f"{where}: the {what} is not finite; it comes from {named}. The step was not taken: look at these samples, or lower the learning rate")
-
-# %% ../nbs/30_train.ipynb #30-train-041
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    "Linear rise over the first share of the steps, then half a cosine down to zero."
-    rise = math.ceil(steps*warmup)
-    if step < rise: return (step+1)/rise
-    return 0.5*(1 + math.cos(math.pi*(step-rise)/max(steps-rise, 1)))
-
-# %% ../nbs/30_train.ipynb #30-train-044
-class StepLog:
-    "A jsonl file with one line per step, and the same for people to read."
-    def __init__(self, path: Path, stage: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.stage, self.start = path.open("w", encoding="utf-8"), stage, time.time()
-
-    def add(self, **row) -> None:
-        self.file.write(json.dumps(dict(stage=self.stage, **row, seconds=round(time.time()-self.start, 3))) + "\n")
-        self.file.flush()
-
-# %% ../nbs/30_train.ipynb #30-train-045
-def optimiser(model, cfg: TrainConfig, stage: int):
-    "AdamW without decay; in stage 2 adapter and projector have rates of their own."
-    import torch
-    from blip2mgm.adapters import part_of, trained
-    projector_lr = cfg.stage1_lr if stage == 1 else cfg.projector_lr
-    rate, groups = {"LoRA": cfg.lora_lr, "mining": projector_lr, "projector": projector_lr}, {}
-    for name, p in trained(model).items(): groups.setdefault(rate[part_of(name)], []).append(p)
-    return torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.0)
-
-# %% ../nbs/30_train.ipynb #30-train-046
-def train_stage(
-    model,
-    samples: list[dict],    # encoded rows
-    order: list[int],       # which of them, when
-    store: FeatureStore,
-    cfg: TrainConfig,
-    stage: int,             # 1 or 2
-    seed: int,              # of dropout
-    log: StepLog,
-) -> None:
-    "One pass over `order`; the model is changed in place."
-    from blip2mgm.adapters import reseed
-    size = cfg.stage1_batch if stage == 1 else cfg.stage2_batch
-    batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
-    opt = optimiser(model.train(), cfg, stage)
-    for step, batch in enumerate(batches):
-        for g in opt.param_groups: g["lr"] = g["peak"]*lr_factor(step, len(batches), cfg.warmup)
-        reseed(model, seed, stage, step)
-        loss, tokens, norm = take_step(model, opt, batch, store, cfg, f"stage {stage}, step {step}")
-        log.add(step=step, loss=loss, tokens=tokens, grad_norm=norm, lr=max(g["lr"] for g in opt.param_groups), samples=len(batch))
-    model.eval()
-
-# %% ../nbs/30_train.ipynb #30-train-047
-def take_step(model, opt, batch: list[dict], store: FeatureStore, cfg: TrainConfig, where: str) -> tuple[float, int, float]:
-    "One optimiser step; returns loss, label tokens, gradient norm (before clipping)."
-    import torch
-    opt.zero_grad(set_to_none=True)
-    loss, tokens = gradients(model, batch, store, cfg.micro_batch)
-    norm = torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], cfg.clip_norm).item()
-    check_finite(model, batch, store, where, loss, norm)
-    opt.step()
-    return loss, tokens, norm
-
-# %% ../nbs/30_train.ipynb #30-train-049
+# %% ../nbs/30_train.ipynb #30-train-020
 @dataclass
 class Job:
     "One arm with one seed."
@@ -339,7 +174,7 @@ class Job:
     def __str__(self): return f"{self.arm} seed {self.seed}"
     def done_file(self, stage: int) -> Path: return Path(self.folder, "stage1", "done.json") if stage == 1 else Path(self.folder, "done.json")
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-021
 def is_done(job: Job, stage: int) -> bool:
     "Whether this stage was finished with all that decides it unchanged."
     done = job.done_file(stage)
@@ -347,31 +182,47 @@ def is_done(job: Job, stage: int) -> bool:
 
 def mark_done(job: Job, stage: int, **facts) -> None: write_json(job.done_file(stage), dict(fingerprint=job.fingerprints[stage], **facts))
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-022
 def steps_of(job: Job, stage: int) -> list[dict]:
     "The step log so far; a line that is still being written is left out."
     path = Path(job.folder, f"stage{stage}", "steps.jsonl")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-023
+def events_of(job: Job, stage: int) -> list[dict]:
+    "What happened out of the ordinary: batches left out, spikes and their causes."
+    path = Path(job.folder, f"stage{stage}", "events.jsonl")
+    return read_jsonl(path) if path.is_file() else []
+
+# %% ../nbs/30_train.ipynb #30-train-024
 def planned(job: Job, stage: int, n_rows: int) -> tuple[int, int]:
     "Samples and steps of a stage."
     cfg = job.cfg
-    n, size = (cfg.stage1_samples, cfg.stage1_batch) if stage == 1 else (cfg.stage2_samples or n_rows, cfg.stage2_batch)
+    n, size = (cfg.stage1_samples, cfg.stage1_batch) if stage == 1 else (cfg.stage2_samples or n_rows-cfg.held_out, cfg.stage2_batch)
     return n, math.ceil(n/size)
 
-# %% ../nbs/30_train.ipynb #30-train-053
+def hold_out(cfg: TrainConfig, samples: list[dict], stage: int) -> tuple[list[dict], list[dict]]:
+    "Rows to train on and rows only to look at, the latter the same for all arms and seeds."
+    if stage == 1 or not cfg.held_out: return samples, []
+    if cfg.held_out >= len(samples): raise UserError(f"held_out is {cfg.held_out}, and there are only {len(samples)} instruction rows")
+    away = set(sample_order([s["id"] for s in samples], cfg.held_out, "held out"))
+    return [s for i, s in enumerate(samples) if i not in away], [samples[i] for i in sorted(away)]
+
+# %% ../nbs/30_train.ipynb #30-train-025
 def run_stage(job: Job, model, stage: int) -> list[dict]:
     "Trains one stage on the given model; returns its encoded rows."
+    cfg, rows = job.cfg, read_jsonl(job.samples[stage])
     job.done_file(stage).unlink(missing_ok=True)
-    samples = read_jsonl(job.samples[stage])
-    order = sample_order([s["id"] for s in samples], planned(job, stage, len(samples))[0], job.seed, stage)
-    log = StepLog(Path(job.folder, f"stage{stage}", "steps.jsonl"), stage)
-    train_stage(model, samples, order, FeatureStore(job.features[stage]), job.cfg, stage, job.seed, log)
-    return samples
+    n, size = planned(job, stage, len(rows))[0], cfg.stage1_batch if stage == 1 else cfg.stage2_batch
+    samples, held = hold_out(cfg, rows, stage)
+    order = sample_order([s["id"] for s in samples], n, job.seed, stage)
+    if cfg.grouped: order = group(order, samples, size, job.seed, stage)
+    batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
+    Run(model, batches, FeatureStore(job.features[stage]), cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held).run()
+    return rows
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-026
 def stage1(job: Job, model) -> None:
     "Mining and projector on the arm's captions, or as they were saved."
     from blip2mgm.adapters import load_projector, projector_tensors, read_tensors, write_tensors
@@ -384,12 +235,13 @@ def stage1(job: Job, model) -> None:
     run_stage(job, model, 1)
     write_tensors(folder/"projector.safetensors", projector_tensors(model))
     mark_done(job, 1)
+    clear(folder)
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-027
 def stage2(job: Job, model) -> dict:
     "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
     from blip2mgm.adapters import attach, check_round_trip, save
-    from blip2mgm.mgm import collate
+    from blip2mgm.inputs import collate
     cfg = job.cfg
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed)
     samples = run_stage(job, model, 2)
@@ -401,7 +253,7 @@ def stage2(job: Job, model) -> dict:
     batch = dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few]))
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-028
 def train_arm(job: dict) -> dict:
     "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
     job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
@@ -415,9 +267,10 @@ def train_arm(job: dict) -> dict:
     write_text(Path(job.folder, "finetuning.log"), readable_log(job))
     write_json(Path(job.folder, "result.json"), result)
     mark_done(job, 2)
+    clear(Path(job.folder, "stage2"))
     return result
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-029
 def summary(job: Job, gaps: dict) -> dict:
     "What is worth knowing of a finished arm and seed."
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
@@ -427,10 +280,11 @@ def summary(job: Job, gaps: dict) -> dict:
         last = rows[-max(len(rows)//10, 1):]
         last_loss = sum(r["loss"]*r["tokens"] for r in last)/total("tokens", last)
         out[f"stage{stage}"] = dict(steps=len(rows), samples=total("samples"), tokens=total("tokens"), left_out=len(job.left_out[stage]),
-            first_loss=rows[0]["loss"], last_loss=last_loss, largest_grad_norm=max(r["grad_norm"] for r in rows))
+            first_loss=rows[0]["loss"], last_loss=last_loss, largest_grad_norm=max(r["grad_norm"] for r in rows), largest_logit=max(r["largest_logit"] for r in rows),
+            events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-030
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
@@ -439,7 +293,7 @@ def readable_log(job: Job) -> str:
                      f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-032
 def begin_worker(parent: int, stop) -> None:
     "Sets up a worker process: one thread, and an end when its parent ends or says so."
     import threading, warnings
@@ -453,7 +307,7 @@ def begin_worker(parent: int, stop) -> None:
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
-# %% ../nbs/30_train.ipynb #30-train-062
+# %% ../nbs/30_train.ipynb #30-train-034
 class Worker(SpawnProcess):
     "A spawned process that does not run the parent's main script again."
     @staticmethod
@@ -466,7 +320,7 @@ class Worker(SpawnProcess):
 
 class Fresh(SpawnContext): Process = Worker
 
-# %% ../nbs/30_train.ipynb #30-train-063
+# %% ../nbs/30_train.ipynb #30-train-035
 def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
@@ -477,12 +331,12 @@ def worker_pool(workers: int):
     pool.stop = stop
     return pool
 
-# %% ../nbs/30_train.ipynb #30-train-065
+# %% ../nbs/30_train.ipynb #30-train-037
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-067
+# %% ../nbs/30_train.ipynb #30-train-039
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -491,7 +345,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-040
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -500,27 +354,30 @@ class Prepared:
     rows: dict          # the same -> number of samples
     rejected: int       # instruction rows that the gate refused
     features: dict = field(default_factory=dict)  # stage -> folder
+    cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-069
+# %% ../nbs/30_train.ipynb #30-train-041
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
     model, tokenizer = base_model(cfg)
-    patches = (model.clip.config.image_size//model.clip.config.patch_size)**2
     if not (root/"instructions.json").is_file(): raise UserError(f"{show_path(root)} holds no instructions.json (LLaVA format), which stage 2 needs")
     judged = gate(root/"instructions.json", root)
     sets = {arm: caption_rows(f, cfg.caption_prompt) for arm, f in arm_files(cfg, enhance).items()} | {"instructions": judged.accepted}
     out, pictures, known = Prepared({}, {}, {}, len(judged.rejected)), {1: set(), 2: set()}, {}
     for name, rows in track(sets.items(), "encoding", len(sets)):
-        samples, out.left_out[name] = encode_rows(rows, tokenizer, patches, cfg.max_length, known)
+        samples, out.left_out[name] = encode_rows(rows, tokenizer, model.n_image_tokens, cfg.max_length, known)
         if not samples: raise UserError(f"{name}: none of its {len(rows)} rows can be trained on")
+        cut = [share for s in samples if (share := cut_share(s))]
+        out.cut[name] = (len(cut), sum(cut)/len(cut) if cut else 0.0)
         out.samples[name], out.rows[name] = str(write_jsonl(folder/"samples"/f"{name}.jsonl", samples)), len(samples)
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-070
-STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "clip_norm", "micro_batch")
-STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr")
+# %% ../nbs/30_train.ipynb #30-train-042
+STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
+               "micro_batch", "precision", "on_bad", "on_spike")
+STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
 
 def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, shared: list) -> dict[int, str]:
     "What decides the result of each stage: parameters, rows, features, code, packages."
@@ -529,7 +386,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: _hash(one), 2: _hash(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-071
+# %% ../nbs/30_train.ipynb #30-train-043
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -538,7 +395,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-073
+# %% ../nbs/30_train.ipynb #30-train-045
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -546,7 +403,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-074
+# %% ../nbs/30_train.ipynb #30-train-046
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -560,14 +417,16 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-075
+# %% ../nbs/30_train.ipynb #30-train-047
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
     todo = [j for j in jobs if not (is_done(j, 1) and is_done(j, 2))]
     for j in todo:
         for s in (1, 2):
-            if not is_done(j, s): Path(j.folder, f"stage{s}", "steps.jsonl").unlink(missing_ok=True)
+            place = Path(j.folder, f"stage{s}")
+            goes_on = any(read_checkpoint(f, j.fingerprints[s]) for f in checkpoints(place))
+            if not is_done(j, s) and not goes_on: (place/"steps.jsonl").unlink(missing_ok=True)
     running = {pool.submit(train_arm, asdict(j)): j for j in todo}
     try:
         for _ in track(watch(running, total, draw), "training", total) if todo else (): pass
@@ -577,7 +436,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-077
+# %% ../nbs/30_train.ipynb #30-train-049
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -592,7 +451,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-078
+# %% ../nbs/30_train.ipynb #30-train-050
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -610,7 +469,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready))
     return Trained(jobs, results, ready)
 
-# %% ../nbs/30_train.ipynb #30-train-079
+# %% ../nbs/30_train.ipynb #30-train-051
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "result.json",
@@ -619,7 +478,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-081
+# %% ../nbs/30_train.ipynb #30-train-053
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -637,7 +496,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-083
+# %% ../nbs/30_train.ipynb #30-train-055
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -647,7 +506,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-084
+# %% ../nbs/30_train.ipynb #30-train-056
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -666,7 +525,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-085
+# %% ../nbs/30_train.ipynb #30-train-057
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -681,7 +540,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-087
+# %% ../nbs/30_train.ipynb #30-train-059
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -693,14 +552,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-089
+# %% ../nbs/30_train.ipynb #30-train-061
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-091
+# %% ../nbs/30_train.ipynb #30-train-063
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -712,13 +571,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-092
+# %% ../nbs/30_train.ipynb #30-train-064
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
-    return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]),
+    return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-093
+# %% ../nbs/30_train.ipynb #30-train-065
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -731,3 +590,21 @@ def conclusion(trained: Trained) -> str:
             "Stage-1 losses of different arms are not comparable: they are taken on different captions. "
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
+
+# %% ../nbs/30_train.ipynb #30-train-078
+def health_table(trained: Trained) -> Table:
+    "Findings and events of all jobs, a line each."
+    rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
+    rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
+    return show_table(rows) if rows else findings_table([])
+
+# %% ../nbs/30_train.ipynb #30-train-081
+def plot_signals(rows: list[dict]):
+    "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.2), dpi=70, constrained_layout=True)
+    for ax, key, title in zip(axes, ("grad_norms", "update_ratio"), ("gradient norm", "update, share of weights")):
+        for part in rows[-1][key]: ax.semilogy([r["step"] for r in rows], [r[key][part] or None for r in rows], label=part, lw=1)
+        ax.set(xlabel="step", title=title); ax.legend(fontsize=7)
+    axes[2].plot([r["step"] for r in rows], [r["largest_logit"] for r in rows], lw=1); axes[2].set(xlabel="step", title="largest logit")
+    return fig

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from blip2mgm.core import UserError
-from blip2mgm.mgm import (IGNORE, NoLabels, build, collate, encode_conversation, encode_question, load_original, lowres, original_name, our_name,
-                          preprocess, save_original, splice, stage1_parameters)
+from blip2mgm.inputs import IGNORE, collate, encode_conversation, encode_question, lowres, preprocess
+from blip2mgm.language import NoLabels, splice
+from blip2mgm.mgm import build, from_parts, load_original, save_original, stage1_parameters
+from blip2mgm.published import original_name, our_name
+from blip2mgm.vision import lowres_grid
 
 GOLDEN = Path(__file__).parent / "goldens" / "mgm"
 CASES = json.loads((GOLDEN / "conversations.json").read_text())
@@ -221,7 +224,8 @@ def test_sharded_checkpoint(tmp_path, model):
 def test_saved_in_the_original_layout(tmp_path, model):
     save_original(model, tmp_path)
     ours, theirs = load_file(tmp_path / "weights.safetensors"), load_file(GOLDEN / "weights.safetensors")
-    assert set(ours) == set(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert set(ours) == set(theirs) | {"lm_head.weight"} and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    assert torch.equal(ours["lm_head.weight"], theirs["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("change,message", [
@@ -229,7 +233,7 @@ def test_saved_in_the_original_layout(tmp_path, model):
     (lambda d: (d / "config.json").unlink(), "no config.json"),
     (lambda d: (d / "weights.safetensors").rename(d / "pytorch_model.bin"), "pickle"),
     (lambda d: save_file({k: v for k, v in load_file(GOLDEN / "weights.safetensors").items() if "norm.weight" not in k}, d / "weights.safetensors"), "missing"),
-    (lambda d: (d / "config.json").write_text((GOLDEN / "config.json").read_text().replace('"image_grid": 1', '"image_grid": 2')), "image_grid"),
+    (lambda d: (d / "config.json").write_text((GOLDEN / "config.json").read_text().replace('"image_grid": 1', '"image_grid": 0')), "image_grid"),
 ])
 def test_broken_folders(tmp_path, change, message):
     for f in ("config.json", "weights.safetensors"):
@@ -252,6 +256,98 @@ def test_full_size_has_the_published_sizes():
     count = lambda *heads: sum(p.numel() for n, p in big.named_parameters() if n.startswith(heads))
     assert [count(h) for h in ("lm", "clip", "convnext", "mm_projector", "vlm_uni")] == [2506172416, 303507456, 196227264, 6295552, 6963456]
     assert sum(p.numel() for p in stage1_parameters(big).values()) == 13259008
+
+
+def with_grid(whole=True):
+    "The golden weights as a model of large pictures"
+    said = json.loads((GOLDEN / "config.json").read_text())
+    hd = build(said | dict(image_grid=2, image_global=whole, image_size_aux=2 * said["image_size_aux"], tokenizer_model_max_length=400)).eval()
+    hd.load_state_dict(load_original(GOLDEN).state_dict())
+    return hd
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_large_pictures_as_in_the_published_code(whole):
+    "Written out view by view, in the published code's order: cells of the enlarged map, and for the whole the map at half its size"
+    import torch.nn.functional as F
+
+    from blip2mgm.vision import enlarge, windows
+
+    hd, P = with_grid(whole), 16
+    pictures = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    views = lowres_grid(pictures, 56, 2, whole)  # the cells, then the whole
+    with torch.no_grad():
+        clip = lambda x: hd.clip(pixel_values=x, output_hidden_states=True).hidden_states[-2][:, 1:]
+        maps, x = [], hd.convnext.embeddings(pictures)
+        for stage in hd.convnext.encoder.stages:
+            x = stage(x)
+            maps.append(x)
+        fine = enlarge(maps)
+        h = fine.shape[-1] // 2
+        quarters = [fine[:, :, :h, :h], fine[:, :, :h, h:], fine[:, :, h:, :h], fine[:, :, h:, h:]]
+        pairs = [(clip(views[:, i]), q) for i, q in enumerate(quarters)]
+        if whole:
+            pairs.insert(0, (clip(views[:, 4]), F.interpolate(fine, scale_factor=0.5, mode="bilinear", align_corners=False)))
+        out = []
+        for patches, map_ in pairs:
+            win = windows(map_, P)
+            q, k, v = hd.vlm_uni_query_projector(patches)[:, :, None], hd.vlm_uni_aux_projector(win), hd.vlm_uni_val_projector(win)
+            out.append(patches + ((q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5).softmax(-1) @ v)[:, :, 0])
+        want = hd.mm_projector(torch.cat(out, 1))
+        assert hd.n_image_tokens == want.shape[1] == len(pairs) * P
+        assert gap(hd.image_tokens(hd.vision_features(views, pictures)), want) <= 1e-4
+        assert gap(hd.image_tokens(hd.vision_features(images_aux=pictures)), want) <= 1e-4
+
+
+def test_large_pictures_train_and_answer(inputs):
+    hd = with_grid()
+    pictures = torch.randn(3, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    text = {k: inputs[k] for k in ("input_ids", "labels", "attention_mask")}
+    out = hd.train()(**text, images=lowres_grid(pictures, 56, 2, True), images_aux=pictures)
+    out.loss.backward()
+    assert hd.mm_projector[0].weight.grad.abs().sum() > 0
+    features, prompts = hd.eval().vision_features(images_aux=pictures), [[2, -200, 7, 8, 9], [2, 12], [2, -200, 5]]
+    batch = hd.generate(**collate(prompts, side="left"), features=features, max_new_tokens=5, stop_ids=[1])
+    assert batch == [hd.generate(torch.tensor([p]), features=features[[i]], max_new_tokens=5, stop_ids=[1])[0] for i, p in enumerate(prompts)]
+
+
+def test_all_912_tensors_are_saved_and_loaded(tmp_path):
+    "A model of the published depth and tiny width"
+    said = dict(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=18, num_attention_heads=2, num_key_value_heads=1, head_dim=4, hidden_act="gelu",
+                image_size_aux=96, towers=dict(convnext=dict(dims=[2, 4, 6, 8], depths=[3, 3, 27, 3]), clip=dict(
+                    hidden_size=8, intermediate_size=8, num_hidden_layers=24, num_attention_heads=2, image_size=28, patch_size=14, projection_dim=8)))
+    torch.manual_seed(0)
+    model = build(said)
+    save_original(model, tmp_path)
+    assert set(load_file(tmp_path / "weights.safetensors")) == set(json.loads((GOLDEN / "mgm2b_state_dict_names.json").read_text()))
+    again = load_original(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_model_from_parts_is_saved_as_one_checkpoint(tmp_path, model, inputs):
+    model.config.original = {}
+    save_original(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_original(tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+def test_convnext_with_open_clip_names(tmp_path, model):
+    "As the hub holds it: names after visual.trunk., no config of transformers"
+    theirs = {n.replace("model.vision_tower_aux.vision_", "visual.trunk."): t for n, t in load_file(GOLDEN / "weights.safetensors").items() if "vision_tower_aux" in n}
+    save_file({**theirs, "text.positional_embedding": torch.zeros(2)}, tmp_path / "open_clip_model.safetensors")
+    made = from_parts(model.lm, model.clip, tmp_path, image_size_aux=128)
+    x = torch.randn(1, 3, 128, 128)
+    assert all(gap(a, b) <= 1e-5 for a, b in zip(made.vision_features(images_aux=x).aux, model.vision_features(images_aux=x).aux))
+
+
+def test_checkpointing_changes_nothing(model, inputs):
+    grads = []
+    for on in (False, True):
+        model.checkpointing = on
+        model.train().zero_grad()
+        model(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_importing_the_package_is_light():

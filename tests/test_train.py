@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from blip2mgm.core import ConfigError, Stage, UserError, read_json, read_jsonl
-from blip2mgm.train import (FeatureStore, TrainConfig, base_model, conclusion, count_labels, encode_rows, load_trained, lr_factor, pieces, results_table,
-                            sample_order, seeds_of, train)
+from blip2mgm.health import not_finite
+from blip2mgm.loop import gradients, lr_factor, pieces
+from blip2mgm.samples import FeatureStore, count_labels, encode_rows, sample_order
+from blip2mgm.train import TrainConfig, base_model, conclusion, load_trained, results_table, seeds_of, train
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "goldens" / "mgm"
@@ -114,7 +116,8 @@ def test_seeds():
     assert seeds_of("raw", 2) == [0, 1] and seeds_of("raw_again", 2) == [100, 101]
 
 
-@pytest.mark.parametrize("wrong", [dict(seeds=0), dict(stage1_lr=0.0), dict(lora_dropout=1.0), dict(arms=[]), dict(arms=["raw", "raw"]), dict(stage2_samples=-1), dict(seeds=1.5)])
+@pytest.mark.parametrize("wrong", [dict(seeds=0), dict(stage1_lr=0.0), dict(lora_dropout=1.0), dict(arms=[]), dict(arms=["raw", "raw"]), dict(stage2_samples=-1), dict(seeds=1.5),
+                                   dict(schedule="step"), dict(precision="int8"), dict(on_bad="average"), dict(patience=2)])
 def test_wrong_parameters(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         TrainConfig(**wrong)
@@ -174,7 +177,7 @@ def test_loading(run):
 
 
 def test_features_are_what_the_encoders_see(run):
-    from blip2mgm.mgm import preprocess
+    from blip2mgm.inputs import preprocess
 
     model, _ = base_model(config(run[0]))
     for aspect in ("square", "pad"):
@@ -229,8 +232,6 @@ def test_a_changed_parameter_trains_again(run, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_the_samples(run):
-    from blip2mgm.train import check_finite, gradients
-
     cfg = config(run[0])
     model, _ = base_model(cfg)
     samples = read_jsonl(run[1].jobs[0].samples[1])[:3]
@@ -246,22 +247,21 @@ def test_a_loss_that_is_no_number_names_the_samples(run):
 
     for p in model.lm.parameters():
         p.requires_grad_(False)
-    loss, _ = gradients(model.train(), samples, Broken(), 2)
-    with pytest.raises(UserError, match=rf"stage 1, step 0: the loss is not finite; it comes from samples {samples[1]['id']}\."):
-        check_finite(model, samples, Broken(), "stage 1, step 0", loss, 1.0)
+    loss, _, _ = gradients(model.train(), samples, Broken(), 2)
+    fault = not_finite(model, samples, Broken(), "stage 1, step 0", loss, 1.0)
+    assert f"stage 1, step 0: the loss is not finite; it comes from samples {samples[1]['id']}, first seen in" in fault.evidence
+    assert not_finite(model, samples, store, "stage 1, step 0", 1.0, 1.0) is None
 
 
 def test_pieces_give_the_batch_s_gradient(run):
     import torch
-
-    from blip2mgm.train import gradients
 
     model, _ = base_model(config(run[0]))
     samples, store = read_jsonl(run[1].jobs[0].samples[2]), FeatureStore(run[1].jobs[0].features[2])
     found = []
     for size in (1, 3, 8):
         model.train().zero_grad()
-        loss, _ = gradients(model, samples, store, size)
+        loss, _, _ = gradients(model, samples, store, size)
         found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for loss, grad in found[1:]:
         assert abs(loss - found[0][0]) <= 1e-5 and (grad - found[0][1]).abs().max() <= 1e-5
