@@ -12,8 +12,8 @@ from .asking import Reply, ask_each, engine_hash, look_now, prepare
 from .core import UserError, file_hash, read_json, read_yaml, resolve, show_path, tree_hash
 
 # %% auto #0
-__all__ = ['ADAPTER_FILES', 'FORMS', 'MGMAnswerer', 'mgm_identity', 'trained_files', 'open_trained', 'open_adapter',
-           'open_original', 'HubAnswerer', 'hub_replies', 'open_hub', 'open_model']
+__all__ = ['ADAPTER_FILES', 'FORMS', 'MGMAnswerer', 'mgm_identity', 'parts_identity', 'trained_files', 'open_trained',
+           'open_adapter', 'open_original', 'HubAnswerer', 'hub_replies', 'open_hub', 'open_model']
 
 # %% ../nbs/074_models.ipynb #074-models-005
 def _hash(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -37,11 +37,15 @@ class MGMAnswerer:
 # %% ../nbs/074_models.ipynb #074-models-006
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors")
 
-def mgm_identity(base: str, adapter_files: list[Path], tokenizer_folder: Path, config) -> dict:
-    "The hashes that an MGM is known by."
+def mgm_identity(base: str, adapter_files: list[Path], tokenizer_folder: Path, sizes: Path) -> dict:
+    "The hashes that an MGM is known by; `sizes` is the file that says how large its pictures are."
     words = [file_hash(p) for n in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") if (p := tokenizer_folder/n).is_file()]
     return dict(weights=base[:16], adapter=_hash([file_hash(p) for p in adapter_files]) if adapter_files else None,
-                processor=_hash(words, config.image_size, config.image_size_aux, "pad"), engine=engine_hash())
+                processor=_hash(words, file_hash(sizes), "pad"), engine=engine_hash())
+
+def parts_identity(folder: Path, base: str, adapter_files: list[Path]) -> dict:
+    "The same for a model made of a folder with gemma, clip and convnext."
+    return mgm_identity(base, adapter_files, folder/"gemma", folder/"clip"/"config.json")
 
 # %% ../nbs/074_models.ipynb #074-models-007
 def trained_files(place: Path, stage: int = 2) -> list[Path]:
@@ -60,7 +64,7 @@ def open_trained(
     from blip2mgm.train import TrainConfig, load_trained, model_folder
     model, tokenizer = load_trained(run, arm, seed, stage)
     folder = model_folder(TrainConfig.from_dict(read_yaml(resolve(run)/"train"/"config.yaml")))
-    identity = mgm_identity(base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage), folder/"gemma", model.config)
+    identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage))
     return MGMAnswerer(f"{arm}/seed{seed}", merge(model) if stage == 2 else model, tokenizer, identity)
 
 # %% ../nbs/074_models.ipynb #074-models-008
@@ -74,7 +78,7 @@ def open_adapter(folder: Path) -> MGMAnswerer:
     model, tokenizer = base_model(cfg)
     base = model_folder(cfg)
     model = merge(load(model, folder))
-    return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, mgm_identity(tree_hash(base), trained_files(folder), base/"gemma", model.config))
+    return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, parts_identity(base, tree_hash(base), trained_files(folder)))
 
 def open_original(folder: Path, device: str = "cpu", dtype: str = "float32") -> MGMAnswerer:
     "A merged or published MGM: config.json, safetensors with the original names, and a tokenizer."
@@ -83,7 +87,7 @@ def open_original(folder: Path, device: str = "cpu", dtype: str = "float32") -> 
     from blip2mgm.mgm import load_original, weight_files
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer.model")): raise UserError(f"{show_path(folder)} holds no tokenizer (tokenizer.json): copy it from the model's base")
     model = load_original(folder, getattr(torch, dtype), device)
-    identity = mgm_identity(_hash([file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype), [], folder, model.config)
+    identity = mgm_identity(_hash([file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype), [], folder, folder/"config.json")
     return MGMAnswerer(folder.name, model, AutoTokenizer.from_pretrained(folder), identity)
 
 # %% ../nbs/074_models.ipynb #074-models-012

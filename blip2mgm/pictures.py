@@ -509,8 +509,9 @@ def _link(src: Path, dst: Path) -> None:
     except OSError: shutil.copyfile(src, dst)
 
 def _plain_answers(kind, answer, rng):
-    "Ten answers as VQA publishes them: lower case, without full stops"
+    "Ten answers as VQA publishes them: lower case, numbers as digits, without full stops"
     said = [a.lower().rstrip(".") for a in human_answers(kind, answer, rng)]
+    said = [str(NUMBERS.index(a)) if a in NUMBERS else a for a in said]
     return [dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(said, 1)]
 
 ANSWER_TYPES = dict(existence="yes/no", count="number", number="number")
@@ -539,9 +540,9 @@ def _write_vqav2(truths, w, folder):
     _write_vqa(pairs, folder / "vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
 
 # %% ../nbs/01_pictures.ipynb #01-pictures-066
-CORNERS = dict(triangle="three", square="four")
+CORNERS = dict(triangle="3", square="4")
 PURPOSE = dict(cafe="drink coffee", bank="keep money", hotel="sleep", pizza="eat", books="read", cinema="watch films", music="listen", bakery="buy bread")
-_OTHERS = ("zero", "five", "eat", "sleep", "read", "even", "odd")
+_OTHERS = ("0", "5", "eat", "sleep", "read", "even", "odd")
 
 def knowledge(scene: Scene) -> list[tuple[str, str, str]]:
     "Questions whose answers the picture alone does not show, as (OK-VQA's question type, question, answer)"
