@@ -7,7 +7,8 @@ __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'conf
            'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
            'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
            'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
-           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_clean', 'parser', 'main']
+           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_evaluate', 'do_clean',
+           'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
 import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -406,6 +407,15 @@ def do_explore(args):
     from blip2mgm.explore import preview
     print(preview(args.path, args.root, args.depth, args.sample))
 
+def do_evaluate(args):
+    from blip2mgm.evaluate import Asked, evaluate_model, model_rows
+    out = resolve(_run_folder(args.out) or f"runs/evaluate/{Path(args.model).name}")
+    root = Path(importlib.import_module("blip2mgm.pictures").ensure_world(out/"data", args.data[9:])) if args.data.startswith("pictures/") else Path(args.data).expanduser().absolute()
+    scores = evaluate_model(Asked(args.model, out, root, [t for t in args.tasks.split(",") if t], args.ocr, args.pictures, args.blind, args.batch_size,
+                                  args.max_new_tokens, args.device, args.dtype, args.num_chunks, args.chunk_idx))
+    print(show_table(model_rows(scores, root, out)) if scores else "this share is answered; other processes still owe theirs")
+    print(f"answers, scores and result files: {show_path(out)}")
+
 def do_clean(args):
     run = resolve(_run_folder(args.run) or load_profile(args.profile)[0].cfg.run)
     print(f"removed {show_path(run)}" if clean_run(run, args.yes) else "nothing was removed")
@@ -427,6 +437,23 @@ def _command(commands, name, do, help, profile=True, run=False):
     return c
 
 # %% ../nbs/80_cli.ipynb #80-cli-076
+def _add_evaluate(commands):
+    "The command `evaluate` with its options"
+    c = _command(commands, "evaluate", do_evaluate, "ask a model of your own the benchmarks' questions; what is answered is kept, what is missing is asked", profile=False)
+    c.add_argument("model", help="a trained adapter (runs/demo/train/raw/seed0), a merged or published MGM, a transformers folder, or the id of an image-text-to-text model on the hub")
+    c.add_argument("--tasks", default="textvqa,mmbench", help="textvqa, mmbench, vqav2, gqa, okvqa, with commas between (textvqa,mmbench)")
+    c.add_argument("--data", metavar="DIR", default="pictures/smoke", help="the folder with the benchmarks' official files, or an embedded world (pictures/smoke)")
+    c.add_argument("--out", metavar="DIR", help="where answers and scores go (runs/evaluate/NAME)")
+    c.add_argument("--pictures", metavar="N", type=int, default=0, help="only the first N pictures of each benchmark")
+    c.add_argument("--no-ocr", dest="ocr", action="store_false", help="TextVQA without the words that an OCR system saw")
+    c.add_argument("--blind", action="store_true", help="ask without the pictures")
+    c.add_argument("--batch-size", metavar="N", type=int, default=16)
+    c.add_argument("--max-new-tokens", metavar="N", type=int, default=128)
+    c.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    c.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    c.add_argument("--num-chunks", metavar="N", type=int, help="share the work among N processes (under torchrun: as it says)")
+    c.add_argument("--chunk-idx", metavar="K", type=int, help="which of them this is, from 0")
+
 def _add_commands(commands):
     "The commands with their options"
     run = _command(commands, "run", do_run, "run a profile's stages; what is unchanged is kept, what was interrupted goes on", run=True)
@@ -440,6 +467,7 @@ def _add_commands(commands):
     explore.add_argument("--root", metavar="DIR", help="the folder that image paths start from, if not the one of the file")
     explore.add_argument("--sample", metavar="N", type=int, default=0, help="look at N rows drawn by chance")
     explore.add_argument("--depth", choices=["full", "shape", "text"], default="full", help="decode every picture, read their headers, or leave them alone")
+    _add_evaluate(commands)
     _command(commands, "list", do_list, "list the profiles", profile=False)
     compare = _command(commands, "compare", do_compare, "compare finished runs of other recipes or models, question by question", profile=False)
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more; the others are compared with the first")

@@ -381,8 +381,9 @@ class _Bar:
     "tqdm's bar, for terminals"
     def __init__(self, desc, total):
         from tqdm import tqdm
-        self.bar = tqdm(total=total, desc=desc, leave=False)
+        self.desc, self.bar = desc, tqdm(total=total, desc=desc, leave=False)
     def show(self, done, end=False):
+        self.bar.set_description(self.desc, refresh=False)
         self.bar.update(done - self.bar.n)
         if end: self.bar.close()
 
@@ -411,6 +412,7 @@ def track(
     iterable, # what to go through
     desc:str="", # what is being done, in two or three words
     total:int|None=None, # how many there will be, if `iterable` has no length
+    note=None, # a function without arguments that says more, such as a score so far
 ):
     "Go through `iterable`, showing how far it is"
     total, done = len(iterable) if total is None and hasattr(iterable, "__len__") else total, 0
@@ -419,7 +421,9 @@ def track(
         for item in iterable:
             yield item
             done += 1
-            for v in views: v.show(done)
+            for v in views:
+                if note: v.desc = f"{desc} ({note()})"
+                v.show(done)
     finally:
         for v in views: v.show(done, end=True)
 

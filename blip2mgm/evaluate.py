@@ -4,19 +4,27 @@
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-002
 from __future__ import annotations
-import hashlib, io, json
-from dataclasses import dataclass, field
+import hashlib, io, json, time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .core import (Config, ConfigError, Stage, UserError, code_hash, data_root, file_hash, nearest, read_json, read_jsonl, resolve, set_threads, show_path,
-                           show_table, track, tree_hash, write_json, write_jsonl)
-from .tasks import TASKS, Question, majority, mark, summarise, task_of, units
+from typing import Iterator
+from .answers import Item, Store, answer_key, answer_row, append, decoding, keep_answers, place_of, share, stored_row, told
+from .asking import Reply, keep_features, look_up
+from .core import (Config, ConfigError, Stage, UserError, data_root, nearest, read_json, read_jsonl, resolve, set_threads, show_path,
+                           show_table, track, tree_hash, write_json)
+from .looking import (band, by_group, calibration, confusion, diversity, plot_calibration, plot_confusion, plot_curves, rarity,
+                              rotation_consistency, same_answer, tagged)
+from .models import open_model, open_trained, parts_identity, trained_files
+from .probes import PROBES, Probe, probed, without_picture
+from .scorers import RULES, rule_accuracy
+from .tasks import TASKS, Question, majority, mark, overall_bleu, summarise, task_of, units
 
 # %% auto #0
-__all__ = ['TRAINED_FILES', 'EvaluateConfig', 'ask_about', 'picture_bytes', 'pictures_of', 'encode_pictures', 'keep_features',
-           'read_pictures', 'rows_of', 'Reply', 'continue_greedily', 'ask', 'asked_hash', 'decided_by', 'finished',
-           'answer_row', 'keep_answers', 'Model', 'base_weights', 'trained_models', 'Job', 'answer', 'plan', 'jobs_of',
-           'run_jobs', 'evaluate', 'read_answers', 'answered_units', 'score_matrix', 'score_rows', 'type_rows',
-           'plot_by_type', 'choose', 'answer_gallery', 'conclusion']
+__all__ = ['EvaluateConfig', 'first_pictures', 'ask_about', 'picture_bytes', 'Pictures', 'Model', 'base_of', 'trained_models',
+           'after_stage1', 'Round', 'rounds_of', 'items_of', 'Job', 'answer_each', 'answer', 'jobs_of', 'SoFar',
+           'run_jobs', 'answers_of', 'keep_round', 'rows_of_round', 'probe_scores', 'evaluate', 'Asked',
+           'evaluate_model', 'model_rows', 'read_answers', 'answered_units', 'score_matrix', 'main_scores',
+           'score_rows', 'type_rows', 'plot_by_type', 'choose', 'answer_gallery', 'conclusion']
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-006
 @dataclass
@@ -26,28 +34,35 @@ class EvaluateConfig(Config):
     data: str = "pictures/smoke"       # an embedded picture world (pictures/smoke, pictures/demo) or a folder in the same layout
     arms: list[str] = field(default_factory=lambda: ["raw", "blip2_filtered", "random", "raw_again"])  # which trained arms are asked
     seeds: int = 2                     # how many seeds of each arm, as trained
-    tasks: list[str] = field(default_factory=lambda: ["textvqa", "mmbench"])  # which benchmarks
+    tasks: list[str] = field(default_factory=lambda: ["textvqa", "mmbench", "vqav2", "gqa", "okvqa"])  # which benchmarks
     ocr_tokens: bool = True            # TextVQA: give the words an OCR system saw, as published results do
     pictures: int = 0                  # ask only about the first so many pictures of each benchmark; 0: all
     batch_size: int = 64               # questions answered at a time
     max_new_tokens: int = 128          # where an answer that does not end is cut off
     workers: int = 1                   # models asked at the same time, one processor thread each
+    blind: bool = True                 # ask the first arm's models without the picture too, as the arm "blind"
+    stage1_pictures: int = 4           # pictures of the first benchmark that every model is asked about as it was after stage 1
+    probe_pictures: int = 4            # pictures of the first two benchmarks that are spoilt, and asked about in other words
 
     def check(self):
         for name in self.tasks:
             if name not in TASKS: raise ConfigError(f'tasks: there is no {name}; {nearest(name, TASKS)}')
-        for name, least in dict(seeds=1, batch_size=1, max_new_tokens=1, workers=1, pictures=0).items():
+        for name, least in dict(seeds=1, batch_size=1, max_new_tokens=1, workers=1, pictures=0, stage1_pictures=0, probe_pictures=0).items():
             if getattr(self, name) < least: raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.arms or not self.tasks: raise ConfigError("arms and tasks must each name at least one")
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-009
-def ask_about(root: Path, cfg: EvaluateConfig) -> dict[str, list[Question]]:
-    "The questions of every task in `cfg`, by task."
+def first_pictures(questions: list[Question], n: int) -> list[Question]:
+    "The questions about the first `n` pictures (0: all)."
+    first = set(list(dict.fromkeys(q.image_id for q in questions))[:n or None])
+    return [q for q in questions if q.image_id in first]
+
+def ask_about(root: Path, cfg) -> dict[str, list[Question]]:
+    "The questions of every task in `cfg` (tasks, ocr_tokens, pictures), by task."
     out = {}
     for name in cfg.tasks:
         asked = task_of(name).read(root, ocr=cfg.ocr_tokens) if name == "textvqa" else task_of(name).read(root)
-        first = set(list(dict.fromkeys(q.image_id for q in asked))[:cfg.pictures or None])
-        out[name] = [q for q in asked if q.image_id in first]
+        out[name] = first_pictures(asked, cfg.pictures)
         if not out[name]: raise UserError(f"{name} has no questions below {show_path(root)}")
     return out
 
@@ -56,307 +71,284 @@ def picture_bytes(q: Question) -> bytes:
     "The encoded picture."
     return q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes()
 
-def pictures_of(asked: dict[str, list[Question]]) -> tuple[dict[str, bytes], dict[tuple[str, str], str]]:
-    "Distinct pictures by content hash, and the hash for each (task, image_id)."
-    pictures, names = {}, {}
-    for task, questions in asked.items():
-        for q in questions:
-            if (task, q.image_id) in names: continue
+class Pictures(dict):
+    "Distinct pictures by the hash of their content; `key` says under which one a question's is."
+    def __init__(self): super().__init__(); self.known = {}
+    def key(self, q: Question) -> str | None:
+        "The hash of the question's picture, which is kept; None for a question asked without one."
+        if q.image is None: return None
+        at = q.image if isinstance(q.image, Path) else id(q.image)
+        if at not in self.known:
             data = picture_bytes(q)
-            names[task, q.image_id] = key = hashlib.sha256(data).hexdigest()[:16]
-            pictures[key] = data
-    return pictures, names
+            self.known[at] = hashlib.sha256(data).hexdigest()[:16], q.image   # the picture is held, so that its id stays its own
+            self[self.known[at][0]] = data
+        return self.known[at][0]
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-014
-def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple[dict, dict[str, str]]:
-    "Features by picture hash as 16-bit arrays, {hash: [clip, map, map, ...]}, and the reason for each picture that failed."
-    import torch
-    from blip2mgm.data import open_picture
-    from blip2mgm.mgm import preprocess
-    seen, failed, ready = {}, {}, []
-    for key, data in pictures.items():
-        try: ready.append((key, preprocess(open_picture(data), "pad", model.config.image_size_aux)))
-        except Exception as e: failed[key] = f"{type(e).__name__}: {e}"
-    for i in range(0, len(ready), batch):
-        keys, pixels = zip(*ready[i:i + batch])
-        f = model.vision_features(images_aux=torch.stack(pixels)).to(dtype=torch.float16)
-        seen |= {k: [f.clip[j].numpy(), *(a[j].numpy() for a in f.aux)] for j, k in enumerate(keys)}
-    return seen, failed
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-015
-def _weights_hash(*modules) -> str:
-    "Fingerprint of the weights of some modules."
-    h = hashlib.sha256()
-    for name, t in sorted((f"{i}.{n}", t) for i, m in enumerate(modules) for n, t in m.state_dict().items()):
-        h.update(name.encode()), h.update(t.detach().contiguous().cpu().numpy().tobytes())
-    return h.hexdigest()
-
-def keep_features(model, pictures: dict[str, bytes], folder: Path) -> dict:
-    "Computes the features of `pictures` into `folder` unless they are there; returns what features.json says."
-    import numpy as np
-    decides = [_weights_hash(model.clip, model.convnext), code_hash("mgm"), sorted(pictures)]
-    fingerprint, about = hashlib.sha256(json.dumps(decides).encode()).hexdigest(), folder/"features.json"
-    if about.is_file() and read_json(about)["fingerprint"] == fingerprint: return read_json(about)
-    about.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    seen, failed = encode_pictures(model, pictures)
-    names = ["clip", *(f"aux{i}" for i in range(len(next(iter(seen.values()), [0])) - 1))]
-    for name, kind in zip(names, zip(*seen.values())): np.save(folder/f"{name}.npy", np.stack(kind))
-    write_json(about, dict(fingerprint=fingerprint, aspect="pad", arrays=names if seen else [], pictures=list(seen), failed=failed))
-    return read_json(about)
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-019
-def read_pictures(model, before: list[int], tokens):
-    "The language model's cache after the text `before` and the image tokens [N, P, D]."
-    import torch
-    text = model.gemma.get_input_embeddings().weight[torch.tensor(before, device=model.device)].expand(len(tokens), -1, -1)      # [N, T, D]
-    embeds = torch.cat([text, tokens.to(text.dtype)], 1) * model.embed_scale
-    return model.gemma.model(inputs_embeds=embeds, use_cache=True).past_key_values
-
-def rows_of(cache, rows):
-    "A new cache with the given rows of `cache`, in that order, repeats allowed."
-    from transformers import DynamicCache
-    out = DynamicCache()
-    for i, layer in enumerate(cache.layers): out.update(layer.keys[rows], layer.values[rows], i)
-    return out
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-020
-@dataclass
-class Reply:
-    "What came back for one question."
-    ids: list[int] = field(default_factory=list)
-    ended: bool = False              # by itself, not cut off
-    failed: str = ""                 # why there is no answer
-
-def _note(replies: list[Reply], alive: list[int], logits, stops: set[int]) -> list[int]:
-    "Adds the likeliest token to each living reply; returns the positions in `alive` that go on."
-    import torch
-    sound, new = torch.isfinite(logits).all(-1).tolist(), logits.argmax(-1).tolist()
-    for row, ok, token in zip(alive, sound, new):
-        if not ok: replies[row].failed = "the model's output is not a number"
-        elif token in stops: replies[row].ended = True
-        else: replies[row].ids.append(token)
-    return [i for i, row in enumerate(alive) if not (replies[row].ended or replies[row].failed)]
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-021
-def continue_greedily(
-    model,                           # MGM
-    cache,                           # what was read before, one row per question; used up
-    after: list[list[int]],          # the rest of each prompt
-    max_new_tokens: int,             # where an endless answer is cut off
-    stops: set[int],                 # ids that end an answer
-) -> list[Reply]:
-    "The likeliest continuation of each row, token by token; rows that have ended leave the batch."
-    import torch
-    from blip2mgm.mgm import collate
-    batch, read = {k: t.to(model.device) for k, t in collate(after, side="left").items()}, cache.get_seq_length()
-    mask = torch.cat([batch["input_ids"].new_ones(len(after), read), batch["attention_mask"].long()], 1)
-    feed = dict(input_ids=batch["input_ids"], position_ids=(mask.cumsum(1) - 1)[:, read:].clamp(min=0))
-    replies, alive = [Reply() for _ in after], list(range(len(after)))
-    for _ in range(max_new_tokens):
-        step = model.gemma.model(**feed, attention_mask=mask, past_key_values=cache, use_cache=True)
-        logits = model.gemma.lm_head(step[0][:, -1])
-        stay = _note(replies, alive, logits, stops)
-        if not stay: break
-        if len(stay) < len(alive): cache, mask, logits, alive = rows_of(cache, stay), mask[stay], logits[stay], [alive[i] for i in stay]
-        feed = dict(input_ids=logits.argmax(-1)[:, None], position_ids=mask.sum(1, keepdim=True))
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return replies
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-023
-def ask(
-    model, tokenizer,
-    questions: list[tuple[str, str]],  # prompt without <image>, name of its picture
-    features,                          # names of pictures -> Features
-    batch_size: int = 64,              # questions, and pictures, at a time
-    max_new_tokens: int = 128,         # where an endless answer is cut off
-) -> list[Reply]:
-    "The model's answers, in the order of the questions."
-    import torch
-    ids = _encode([p for p, _ in questions], tokenizer)
-    replies: list[Reply] = [Reply() for _ in questions]
-    todo = sorted(range(len(questions)), key=lambda i: questions[i][1])
-    pictures = list(dict.fromkeys(questions[i][1] for i in todo))
-    with torch.inference_mode():
-        for at in range(0, len(pictures), batch_size):
-            group = {p: n for n, p in enumerate(pictures[at:at + batch_size])}
-            tokens = model.image_tokens(features(list(group)).to(model.device))
-            here = [i for i in todo if questions[i][1] in group]
-            for i, r in _ask_group(model, tokenizer, tokens, [(i, group[questions[i][1]], *ids[i]) for i in here], batch_size, max_new_tokens): replies[i] = r
-    return replies
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-024
-def _encode(prompts: list[str], tokenizer) -> list[tuple[tuple, list]]:
-    "For each prompt its tokens before and after the picture; equal prompts are encoded once."
-    from blip2mgm.mgm import IMAGE_ID, encode_question
-    known = {p: encode_question(p, tokenizer) for p in dict.fromkeys(prompts)}
-    cut = {p: ids.index(IMAGE_ID) for p, ids in known.items()}
-    return [(tuple(known[p][:cut[p]]), known[p][cut[p] + 1:]) for p in prompts]
-
-def _ask_group(model, tokenizer, tokens, rows: list[tuple], batch_size: int, max_new_tokens: int):
-    "Yields (position, reply) for rows (position, picture, before, after) about the pictures in `tokens`."
-    from blip2mgm.mgm import stop_ids
-    stops = set(stop_ids(tokenizer))
-    for before in dict.fromkeys(r[2] for r in rows):
-        read = read_pictures(model, list(before), tokens)
-        mine = sorted((r for r in rows if r[2] == before), key=lambda r: len(r[3]))
-        for at in range(0, len(mine), batch_size):
-            batch = mine[at:at + batch_size]
-            replies = continue_greedily(model, rows_of(read, [r[1] for r in batch]), [r[3] for r in batch], max_new_tokens, stops)
-            yield from ((r[0], reply) for r, reply in zip(batch, replies))
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-028
-def asked_hash(questions: list[Question], names: dict, task: str) -> str:
-    "Fingerprint of everything that is asked and how it is marked."
-    rows = [[q.id, names[task, q.image_id], q.prompt, q.kind, q.unit, q.answers, q.options] for q in questions]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-def decided_by(model_hash: str, questions_hash: str, code: str, cfg: EvaluateConfig) -> dict:
-    "What decides the answers of one model to one task."
-    return dict(weights=model_hash, questions=questions_hash, code=code,
-                decoding=dict(method="greedy", max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size))
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-029
-def finished(folder: Path, decided: dict) -> dict | None:
-    "The scores kept in `folder`, if the answers there were decided by `decided` and have not been touched."
-    if not (folder/"scores.json").is_file() or not (folder/"answers.jsonl").is_file(): return None
-    kept = read_json(folder/"scores.json")
-    return kept if kept.get("decided_by") == decided and kept.get("answers_sha256") == file_hash(folder/"answers.jsonl") else None
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-030
-def answer_row(q: Question, text: str | None, reply: Reply, m: dict, about: dict) -> dict:
-    "One line of the answer file: the published fields, ours under metadata."
-    answer_id = hashlib.sha256(f"{about['weights']} {about['task']} {q.id} {q.prompt}".encode()).hexdigest()[:22]
-    extra = dict(image_id=q.image_id, unit=m["unit"], kind=q.kind, **q.extra, score=m["score"], outcome=m["outcome"], read=m["read"],
-                 truncated=not (reply.ended or reply.failed), **({"failed": reply.failed} if reply.failed else {}))
-    return dict(question_id=q.id, prompt=q.prompt, text=text or "", answer_id=answer_id, model_id=f"{about['arm']}/seed{about['seed']}", metadata=about | extra)
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-031
-def keep_answers(
-    folder: Path,                    # <run>/evaluate/<arm>/seed<k>/<task>
-    task: str,
-    questions: list[Question],
-    texts: list[str | None],         # None: failed
-    replies: list[Reply],
-    decided: dict,                   # see `decided_by`
-    who: dict,                       # arm and seed
-) -> dict:
-    "Marks the answers and writes answers.jsonl and scores.json; returns the scores."
-    marks = mark(task, questions, texts)
-    about = dict(task=task, **who, weights=decided["weights"])
-    answers = write_jsonl(folder/"answers.jsonl", [answer_row(*row, about) for row in zip(questions, texts, replies, marks)])
-    truncated = sum(not (r.ended or r.failed) for r in replies)
-    scores = who | summarise(task, marks) | dict(truncated=truncated, answers_sha256=file_hash(answers), decided_by=decided)
-    write_json(folder/"scores.json", scores)
-    return scores
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-035
 @dataclass(frozen=True)
 class Model:
     "One trained model."
     arm: str
     seed: int
-    weights: str                     # fingerprint of base, adapter and projector
+    identity: dict                   # hashes: weights, adapter, processor, engine
+    stage: int = 2                   # 1: as it was after stage 1
 
-def base_weights(run: Path) -> str:
-    "Fingerprint of the base model that the training of this run started from."
+    @property
+    def place(self) -> str:
+        "Folder below <run>/evaluate in which its answers are stored."
+        return f"{'stage1/' if self.stage == 1 else ''}{self.arm}/seed{self.seed}"
+
+def base_of(run: Path) -> tuple[Path, str]:
+    "Folder and fingerprint of the base model that the training of this run started from."
     from blip2mgm.train import TrainConfig, model_folder
     said = run/"train"/"config.yaml"
     if not said.is_file(): raise UserError(f"{show_path(run)} holds no training: run the stage train first")
-    return tree_hash(model_folder(TrainConfig.load(said)))
+    folder = model_folder(TrainConfig.load(said))
+    return folder, tree_hash(folder)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-036
-TRAINED_FILES = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors")
-
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-015
 def trained_models(cfg: EvaluateConfig) -> list[Model]:
     "The models that `cfg` asks for; UserError names the first that is not there."
     from blip2mgm.train import seeds_of
     run, out = resolve(cfg.run), []
-    base = base_weights(run)
+    base, weights = base_of(run)
     for arm, seed in [(arm, seed) for arm in cfg.arms for seed in seeds_of(arm, cfg.seeds)]:
         folder = run/"train"/arm/f"seed{seed}"
         if not (folder/"done.json").is_file(): raise UserError(f"{show_path(folder)} holds no finished training: train {arm} with seed {seed}, or name other arms or fewer seeds")
-        out.append(Model(arm, seed, hashlib.sha256(json.dumps([base, *(file_hash(folder/n) for n in TRAINED_FILES)]).encode()).hexdigest()[:16]))
+        out.append(Model(arm, seed, parts_identity(base, weights, trained_files(folder))))
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-039
+def after_stage1(cfg: EvaluateConfig, models: list[Model]) -> list[Model]:
+    "The same models as they were after stage 1, those whose training kept that."
+    run = resolve(cfg.run)
+    base, weights = base_of(run)
+    kept = [m for m in models if all(f.is_file() for f in trained_files(run/"train"/m.arm/f"seed{m.seed}", 1))]
+    return [Model(m.arm, m.seed, parts_identity(base, weights, trained_files(run/"train"/m.arm/f"seed{m.seed}", 1)), 1) for m in kept]
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-018
+@dataclass(frozen=True)
+class Round:
+    "Questions put to one model."
+    model: Model
+    label: str                       # the arm under which later stages read it
+    asked: dict                      # task -> questions
+    folder: str = ""                 # below <run>/evaluate, for the answers of each task; '': only the scores are wanted
+    probe: Probe | None = None
+
+def _some(asked: dict, tasks: int, pictures: int) -> dict:
+    "The questions about the first pictures of the first tasks."
+    return {t: first_pictures(qs, pictures) for t, qs in list(asked.items())[:tasks]}
+
+def rounds_of(cfg: EvaluateConfig, asked: dict, models: list[Model]) -> list[Round]:
+    "Everything that is to be asked."
+    out = [Round(m, m.arm, asked, m.place) for m in models]
+    if cfg.blind:
+        unseen = {t: [without_picture(q) for q in qs] for t, qs in asked.items()}
+        out += [Round(m, "blind", unseen, f"blind/seed{m.seed}") for m in models if m.arm == cfg.arms[0]]
+    if cfg.stage1_pictures: out += [Round(m, m.arm, _some(asked, 1, cfg.stage1_pictures), m.place) for m in after_stage1(cfg, models)]
+    if cfg.probe_pictures:
+        some = _some(asked, 2, cfg.probe_pictures)
+        changed = [(p, {t: probed(qs, p) for t, qs in some.items()}) for p in PROBES]
+        first = [next(m for m in models if m.arm == arm) for arm in cfg.arms[:2]]
+        out += [Round(m, m.arm, qs, "", p) for m in first for p, qs in changed]
+    return out
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-020
+def items_of(r: Round, pictures: Pictures, how: dict) -> dict[tuple[str, int], Item]:
+    "What is asked of the round's model, by task and question id."
+    out = {}
+    for task, questions in r.asked.items():
+        for q in questions:
+            seen = pictures.key(q)
+            out[task, q.id] = Item(answer_key(r.model.identity, seen, q.prompt, how), task, q.id, q.prompt, seen, "".join(q.options))
+    return out
+
 @dataclass(frozen=True)
 class Job:
     "A model, what it is to be asked, and where the answers go."
     model: Model
     cfg: EvaluateConfig
-    asked: dict                      # task -> questions, without their pictures
-    pictures: dict                   # (task, image_id) -> the picture's hash
-    failed: dict                     # hash -> why the picture could not be read
+    items: list[Item]
     features: Path                   # folder
-    decided: dict                    # task -> what decides the answers
+    store: Path                      # folder
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-040
-def answer(job: Job) -> list[dict]:
-    "Asks one model everything in `job` and keeps its answers; returns the scores, one per task."
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-021
+def answer_each(job: Job) -> Iterator[list[dict]]:
+    "Asks one model everything in `job`, storing each batch as it comes; yields the rows stored."
     import torch
-    from blip2mgm.adapters import merge
-    from blip2mgm.train import FeatureStore, load_trained
+    from blip2mgm.train import FeatureStore
     set_threads(1), torch.set_flush_denormal(True)
-    model, tokenizer = load_trained(resolve(job.cfg.run), job.model.arm, job.model.seed)
-    shown = lambda t, q: job.pictures[t, q.image_id]
-    todo = [(t, q) for t, questions in job.asked.items() for q in questions if shown(t, q) not in job.failed]
-    said = ask(merge(model), tokenizer, [(q.prompt, shown(t, q)) for t, q in todo], FeatureStore(job.features), job.cfg.batch_size, job.cfg.max_new_tokens)
-    replies = {(t, q.id): r for (t, q), r in zip(todo, said)}
-    return [_keep_task(job, t, [replies.get((t, q.id)) or Reply(failed=job.failed[shown(t, q)]) for q in job.asked[t]], tokenizer) for t in job.asked]
+    m, cfg = job.model, job.cfg
+    model = open_trained(resolve(cfg.run), m.arm, m.seed, m.stage, m.identity["weights"])
+    if model.identity != m.identity: raise UserError(f"the files of {model.name} changed while it was to be asked; run evaluate again")
+    store, questions = Store(job.store), [(i.prompt, i.picture, i.letters) for i in job.items]
+    for batch in model.replies(questions, {}, cfg.batch_size, cfg.max_new_tokens, look_up(FeatureStore(job.features))):
+        rows = [stored_row(job.items[i], model.text(r), r, m.identity, model.name, decoding(cfg.max_new_tokens)) for i, r in batch]
+        append(store, rows)
+        yield rows
 
-def _keep_task(job: Job, task: str, replies: list[Reply], tokenizer) -> dict:
-    "Decodes and keeps the answers to one task."
-    texts = [None if r.failed else tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in replies]
-    return keep_answers(_place(job.cfg, job.model, task), task, job.asked[task], texts, replies, job.decided[task], dict(arm=job.model.arm, seed=job.model.seed))
+def answer(job: Job) -> int:
+    "The same to the end, for a process of its own; returns the number of answers."
+    return sum(map(len, answer_each(job)))
 
-def _place(cfg: EvaluateConfig, model: Model, task: str) -> Path: return resolve(cfg.run)/"evaluate"/model.arm/f"seed{model.seed}"/task
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-022
+def jobs_of(cfg: EvaluateConfig, rounds: list[Round], items: list[dict], pictures: Pictures) -> list[Job]:
+    "The jobs, with the features of all pictures ready; a model with nothing left to answer is not even loaded."
+    folder, missing, models = resolve(cfg.run)/"evaluate", {}, {r.model.place: r.model for r in rounds}
+    stores = {place: Store(folder/place) for place in models}
+    for r, mine in zip(rounds, items):
+        for item in mine.values():
+            if item.key not in stores[r.model.place]: missing.setdefault(r.model.place, {}).setdefault(item.key, item)
+    if not missing: return []
+    first = models[next(iter(missing))]
+    keep_features(open_trained(resolve(cfg.run), first.arm, first.seed, first.stage).model, pictures, folder/"features")
+    return [Job(models[p], cfg, list(todo.values()), folder/"features", folder/p) for p, todo in missing.items()]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-042
-def plan(cfg: EvaluateConfig, asked: dict, names: dict, models: list[Model]) -> list[tuple[Model, dict]]:
-    "For every model what decides the answers of the tasks it still has to answer."
-    code, questions = code_hash("evaluate"), {t: asked_hash(qs, names, t) for t, qs in asked.items()}
-    decided = [(m, {t: decided_by(m.weights, questions[t], code, cfg) for t in asked}) for m in models]
-    return [(m, todo) for m, d in decided if (todo := {t: x for t, x in d.items() if finished(_place(cfg, m, t), x) is None})]
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-024
+class SoFar:
+    "Running scores of the answers that come in, by task."
+    def __init__(self, rounds: list[Round], items: list[dict]):
+        self.of, self.sums = {}, {}
+        for r, mine in zip(rounds, items):
+            if r.probe is None: self.of |= {item.key: (t, q) for (t, _), item, q in zip(mine, mine.values(), (q for qs in r.asked.values() for q in qs))}
+    def add(self, rows: list[dict]) -> None:
+        for row in rows:
+            if (at := self.of.get(row["metadata"]["key"])) is None: continue
+            found = mark(at[0], [at[1]], [None if "failed" in row["metadata"] else row["text"]])[0]["score"]
+            n, s = self.sums.get(at[0], (0, 0.))
+            self.sums[at[0]] = n + 1, s + found
+    def __call__(self) -> str: return ", ".join(f"{t} {100 * s / n:.0f}%" for t, (n, s) in self.sums.items()) or "starting"
 
-def jobs_of(cfg: EvaluateConfig, asked: dict, pictures: dict, names: dict, todo: list[tuple[Model, dict]]) -> list[Job]:
-    "The jobs, with the features of all pictures ready."
-    from dataclasses import replace
-    from blip2mgm.train import load_trained
-    if not todo: return []
-    model, _ = load_trained(resolve(cfg.run), todo[0][0].arm, todo[0][0].seed)
-    folder = resolve(cfg.run)/"evaluate"/"features"
-    failed = keep_features(model, pictures, folder)["failed"]
-    light = {t: [replace(q, image=b"") for q in qs] for t, qs in asked.items()}
-    return [Job(m, cfg, {t: light[t] for t in d}, names, failed, folder, d) for m, d in todo]
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-025
+def _watch(jobs: list[Job], running: dict, so_far: SoFar) -> Iterator[int]:
+    "Yields once per answer that is added to the stores, until all jobs in `running` (future -> job) are done; the first error ends all."
+    stores = [Store(j.store) for j in jobs]
+    while True:
+        over = all(f.done() for f in running)
+        for f in running:
+            if f.done(): f.result()
+        for s in stores:
+            new = s.refresh()
+            so_far.add(new)
+            yield from range(len(new))
+        if over: return
+        time.sleep(.5)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-043
-def run_jobs(jobs: list[Job], workers: int = 1) -> None:
-    "Runs the jobs, in processes of their own if there is more than one worker."
+def _in_turn(jobs: list[Job], so_far: SoFar) -> Iterator[int]:
+    "Runs the jobs here, one after the other; yields once per answer."
+    for job in jobs:
+        for rows in answer_each(job):
+            so_far.add(rows)
+            yield from range(len(rows))
+
+def _side_by_side(jobs: list[Job], workers: int, so_far: SoFar) -> Iterator[int]:
+    "Runs the jobs in processes of their own; yields once per answer."
     from blip2mgm.evaluate import answer      # a process started afresh must find it in the module
-    if workers == 1 or len(jobs) < 2:
-        for job in track(jobs, "asking the models"): answer(job)
-        return
-    from concurrent.futures import as_completed
     from blip2mgm.train import worker_pool
-    with worker_pool(min(workers, len(jobs))) as pool:
-        for done in track(as_completed([pool.submit(answer, j) for j in jobs]), "asking the models", len(jobs)): done.result()
+    with worker_pool(workers) as pool: yield from _watch(jobs, {pool.submit(answer, j): j for j in sorted(jobs, key=lambda j: -len(j.items))}, so_far)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-044
+def run_jobs(jobs: list[Job], workers: int, so_far: SoFar) -> int:
+    "Runs the jobs, as many at a time as there are workers; returns how many answers were new."
+    total, workers = sum(len(j.items) for j in jobs), min(workers, len(jobs))
+    going = _in_turn(jobs, so_far) if workers < 2 else _side_by_side(jobs, workers, so_far)
+    for _ in track(going, "asking", total, so_far) if jobs else (): pass
+    return total
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-027
+def answers_of(r: Round, task: str, store: Store, mine: dict) -> tuple[list, list]:
+    "Texts and replies of one round's task."
+    both = [told(store, mine[task, q.id].key) for q in r.asked[task]]
+    return [t for t, _ in both], [x for _, x in both]
+
+def keep_round(r: Round, store: Store, mine: dict, folder: Path) -> list[dict]:
+    "Writes the answers and scores of one round; returns the scores, one per task."
+    who = dict(arm=r.label, seed=r.model.seed) | (dict(stage=1) if r.model.stage == 1 else {})
+    return [keep_answers(folder/r.folder/t, t, r.asked[t], *answers_of(r, t, store, mine), r.model.identity, who) for t in r.asked]
+
+def rows_of_round(r: Round, task: str, store: Store, mine: dict) -> list[dict]:
+    "The answer rows of one round's task, unwritten."
+    texts, replies = answers_of(r, task, store, mine)
+    cut = [q.id for q, x in zip(r.asked[task], replies) if not (x.ended or x.failed)]
+    about = dict(task=task, arm=r.label, seed=r.model.seed)
+    return [answer_row(*row, about) for row in zip(r.asked[task], texts, replies, mark(task, r.asked[task], texts, cut))]
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-028
+def probe_scores(rounds: list[Round], items: list[dict], stores: dict) -> list[dict]:
+    "One row per arm, task and probe: score with interval over pictures, n, and the share answered as on the clean pictures."
+    out, clean = [], {}
+    for r, mine in zip(rounds, items):
+        for t in r.asked if r.probe else ():
+            rows = rows_of_round(r, t, stores[r.model.place], mine)
+            clean.setdefault((r.label, t), rows)
+            whole = by_group([rows])[-1]
+            out.append(dict(task=t, arm=r.label, seed=r.model.seed, probe=r.probe.name, kind=r.probe.kind, strength=r.probe.strength, score=whole["score"], low=whole["low"], high=whole["high"],
+                            n=whole["n"], rows=len(rows), pictures=len({a["metadata"]["image_id"] for a in rows}), same=same_answer(clean[r.label, t], rows)))
+    return out
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-029
 def evaluate(cfg: EvaluateConfig) -> dict:
     "Asks every trained model of `cfg.run` what is not answered yet; returns all scores and writes them to evaluate/scores.json."
-    root, models, folder = data_root(cfg), trained_models(cfg), resolve(cfg.run)/"evaluate"
+    root, models, folder, pictures = data_root(cfg), trained_models(cfg), resolve(cfg.run)/"evaluate", Pictures()
     asked = ask_about(root, cfg)
-    pictures, names = pictures_of(asked)
-    todo = plan(cfg, asked, names, models)
-    run_jobs(jobs_of(cfg, asked, pictures, names, todo), cfg.workers)
-    scores = [read_json(_place(cfg, m, t)/"scores.json") for m in models for t in asked]
-    blind = {t: summarise(t, mark(t, qs, majority(qs))) for t, qs in asked.items()}
-    result = dict(scores=scores, majority=blind, new=len(todo))
-    write_json(folder/"scores.json", {k: v for k, v in result.items() if k != "new"})
-    return result
+    rounds = rounds_of(cfg, asked, models)
+    items = [items_of(r, pictures, decoding(cfg.max_new_tokens)) for r in rounds]
+    new = run_jobs(jobs_of(cfg, rounds, items, pictures), cfg.workers, SoFar(rounds, items))
+    stores = {r.model.place: Store(folder/r.model.place) for r in rounds}
+    scores = [s for r, mine in zip(rounds, items) if r.folder for s in keep_round(r, stores[r.model.place], mine, folder)]
+    result = dict(scores=scores, majority={t: summarise(t, mark(t, qs, majority(qs))) for t, qs in asked.items()}, probes=probe_scores(rounds, items, stores))
+    write_json(folder/"scores.json", result)
+    return result | dict(new=new)
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-046
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-031
+@dataclass
+class Asked:
+    "What `evaluate_model` is to do."
+    model: str                       # a folder or the id of a model on the hub
+    out: Path                        # folder for answers and scores
+    root: Path                       # data root with the benchmarks' official files
+    tasks: list[str] = field(default_factory=lambda: ["textvqa", "mmbench"])
+    ocr_tokens: bool = True
+    pictures: int = 0                # only the first so many of each benchmark; 0: all
+    without_pictures: bool = False   # the blind control
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    device: str = "cpu"
+    dtype: str = "float32"
+    num_chunks: int | None = None    # None: as torchrun says, else 1
+    chunk_idx: int | None = None
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-032
+def evaluate_model(a: Asked) -> list[dict] | None:
+    "Asks one model what its store does not hold; returns the scores, or None while other processes still owe answers."
+    asked = ask_about(a.root, a)
+    if a.without_pictures: asked = {t: [without_picture(q) for q in qs] for t, qs in asked.items()}
+    model, pictures, how = open_model(a.model, a.device, a.dtype), Pictures(), decoding(a.max_new_tokens)
+    r = Round(Model(model.name, 0, model.identity), model.name, asked)
+    items, (n, k) = items_of(r, pictures, how), place_of(a.num_chunks, a.chunk_idx)
+    store, so_far = Store(a.out, f"{k}of{n}" if n > 1 else ""), SoFar([r], [items])
+    todo = list({i.key: i for i in share(list(items.values()), n, k) if i.key not in store}.values())
+    for _ in track(_ask_own(model, store, todo, pictures, a, so_far), f"asking {model.name}", len(todo), so_far): pass
+    store.refresh()
+    if any(i.key not in store for i in items.values()): return None
+    scores = [keep_answers(a.out/t, t, qs, *answers_of(r, t, store, items), model.identity, dict(model=model.name)) for t, qs in asked.items()]
+    write_json(a.out/"scores.json", dict(scores=scores, majority={t: summarise(t, mark(t, qs, majority(qs))) for t, qs in asked.items()}))
+    return scores
+
+def _ask_own(model, store: Store, todo: list[Item], pictures: Pictures, a: Asked, so_far: SoFar) -> Iterator[int]:
+    "Asks and stores; yields once per answer."
+    for batch in model.replies([(i.prompt, i.picture, i.letters) for i in todo], pictures, a.batch_size, a.max_new_tokens) if todo else ():
+        rows = [stored_row(todo[i], model.text(r), r, model.identity, model.name, decoding(a.max_new_tokens)) for i, r in batch]
+        append(store, rows), so_far.add(rows)
+        yield from range(len(rows))
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-033
+def model_rows(scores: list[dict], root: Path, out: Path) -> list[dict]:
+    "One row per task: score, majority answer, n and what became of the answers."
+    blind_ = read_json(out/"scores.json")["majority"]
+    return [dict(task=s["task"], score=_percent(s["overall"]), metric=s["metric"], majority=_percent(blind_[s["task"]]["overall"]), n=s["n"], **s["outcomes"],
+                 file=f"{s['task']}/{task_of(s['task']).result}") for s in scores]
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-037
 def read_answers(folder: Path, arm: str, seed: int, task: str) -> list[dict]:
     "The answers of one model to one task; `folder` is <run>/evaluate."
     return read_jsonl(Path(folder)/arm/f"seed{seed}"/task/"answers.jsonl")
@@ -365,7 +357,7 @@ def answered_units(answers: list[dict]) -> list[dict]:
     "One row per unit (unit, cluster, kind, score) of the answers to one task."
     return units([dict(unit=m["unit"], cluster=m["image_id"], kind=m["kind"], score=m["score"]) for m in (a["metadata"] for a in answers)])
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-047
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-038
 def score_matrix(
     folder: Path,                    # <run>/evaluate
     arm: str,
@@ -380,29 +372,33 @@ def score_matrix(
     if any([u["unit"] for u in t] != column("unit") for t in tables): raise UserError(f"the seeds of {arm} were not asked the same questions of {task}")
     return dict(seeds=seeds, units=column("unit"), clusters=column("cluster"), kinds=column("kind"), scores=[[u["score"] for u in t] for t in tables])
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-050
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-041
 def _percent(x: float | None) -> float | None: return None if x is None else round(100 * x, 1)
+
+def main_scores(result: dict, task: str) -> list[dict]:
+    "The scores of a task, without those after stage 1."
+    return [s for s in result["scores"] if s["task"] == task and s.get("stage", 2) == 2]
 
 def score_rows(result: dict) -> list[dict]:
     "One row per arm, seed and task, the majority answer first, in percent."
     out = []
     for task, blind in result["majority"].items():
-        for s in [dict(blind, arm="(majority answer)", seed=None), *(s for s in result["scores"] if s["task"] == task)]:
+        for s in [dict(blind, arm="(majority answer)", seed=None), *main_scores(result, task)]:
             extra = {"vanilla": _percent(s["vanilla"])} if "vanilla" in s else {}
-            lost = {k: s["outcomes"][k] for k in ("empty", "unparsed", "failed")} | dict(truncated=s.get("truncated"))
+            lost = {k: s["outcomes"][k] for k in ("empty", "unparsed", "truncated", "failed")}
             out.append(dict(task=task, arm=s["arm"], seed=s["seed"], score=_percent(s["overall"]), metric=s["metric"], n=s["n"], **extra, **lost))
     return out
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-051
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-042
 def type_rows(result: dict, task: str) -> list[dict]:
     "One row per question type: n, the majority answer's score and each arm's mean over its seeds, in percent."
-    blind, scores = result["majority"][task], [s for s in result["scores"] if s["task"] == task]
+    blind, scores = result["majority"][task], main_scores(result, task)
     arms = list(dict.fromkeys(s["arm"] for s in scores))
     mean = lambda arm, get: _percent(sum(xs) / len(xs)) if (xs := [get(s) for s in scores if s["arm"] == arm]) else None
     rows = [dict(type=k, n=b["n"], majority=_percent(b["score"]), **{a: mean(a, lambda s: s["by_type"][k]["score"]) for a in arms}) for k, b in blind["by_type"].items()]
     return rows + [dict(type="all", n=blind["n"], majority=_percent(blind["overall"]), **{a: mean(a, lambda s: s["overall"]) for a in arms})]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-055
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-046
 def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
     "One group of bars per question type, one bar per arm."
     import numpy as np
@@ -417,7 +413,7 @@ def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
 def plot_by_type(result: dict, task: str, ax=None):
     "Scores by question type and arm beside the majority answer; returns the axes."
     import matplotlib.pyplot as plt
-    blind, scores = result["majority"][task], [s for s in result["scores"] if s["task"] == task]
+    blind, scores = result["majority"][task], main_scores(result, task)
     kinds, arms = list(blind["by_type"]), list(dict.fromkeys(s["arm"] for s in scores))
     if ax is None: _, ax = plt.subplots(figsize=(max(5, 1.15 * len(kinds)), 3), layout="constrained")
     _bars(ax, scores, kinds, arms)
@@ -428,7 +424,7 @@ def plot_by_type(result: dict, task: str, ax=None):
     ax.legend(fontsize=7, ncols=len(arms) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1, handlelength=1.2)
     return ax
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-057
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-048
 def choose(answers: list[dict], n: int, right: bool) -> list[dict]:
     "Up to `n` right or wrong answers, taken in turn from the question types, new pictures first."
     by: dict = {}
@@ -442,7 +438,7 @@ def choose(answers: list[dict], n: int, right: bool) -> list[dict]:
             shown.add(out[-1]["metadata"]["image_id"])
     return out[:n]
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-058
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-049
 def _truth(q: Question) -> str:
     "The right answer as people gave it."
     return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else max(set(q.answers), key=q.answers.count)
@@ -470,17 +466,31 @@ def answer_gallery(questions: list[Question], answers: list[dict], columns: int 
         for ax in row[len(chosen):]: ax.set_axis_off()
     return fig
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-060
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-051
 def conclusion(result: dict) -> list[str]:
     "What the scores say, in sentences; whether arms differ is for the report, which knows the uncertainty."
     out = []
     for task in result["majority"]:
         rows = type_rows(result, task)
-        arms, whole = list(rows[-1])[3:], rows[-1]
-        out.append(f"{task} ({whole['n']:,} questions, {result['majority'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; the majority answer gets {whole['majority']:.1f}.")
+        arms, whole = [a for a in list(rows[-1])[3:] if a != "blind"], rows[-1]
+        unseen = f", the same model without the picture {whole['blind']:.1f}" if "blind" in whole else ""
+        out.append(f"{task} ({whole['n']:,} questions, {result['majority'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; the majority answer gets {whole['majority']:.1f}{unseen}.")
         below = {r["type"]: [a for a in arms if r[a] <= r["majority"]] for r in rows[:-1]}
         named = ", ".join(f"{k} ({'all arms' if len(v) == len(arms) else ', '.join(v)})" for k, v in below.items() if v)
         out.append(f"Not above the majority answer on {task}: {named}." if named else f"On {task} every arm is above the majority answer for every question type.")
-    lost = {k: sum(s["outcomes"][k] for s in result["scores"]) for k in ("empty", "unparsed", "failed")} | dict(truncated=sum(s["truncated"] for s in result["scores"]))
-    n = sum(s["n_rows"] for s in result["scores"])
-    return out + [f"Of {n:,} answers, " + ", ".join(f"{v:,} were {k}" for k, v in lost.items()) + "; they count as they are, nothing was put in their place."]
+    return out + [_lost([s for t in result["majority"] for s in main_scores(result, t)])] + _probed(result.get("probes", []))
+
+def _lost(scores: list[dict]) -> str:
+    "What became of the answers."
+    lost = {k: sum(s["outcomes"][k] for s in scores) for k in ("empty", "unparsed", "truncated", "failed")}
+    return f"Of {sum(s['n_rows'] for s in scores):,} answers, " + ", ".join(f"{v:,} were {k}" for k, v in lost.items()) + "; they count as they are, nothing was put in their place."
+
+def _probed(rows: list[dict]) -> list[str]:
+    "Which corruption hurts most, for each task."
+    out = []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        mine = [r for r in rows if r["task"] == task and r["strength"] == 3]
+        worst = min(mine, key=lambda r: r["score"])
+        clean = next(r["score"] for r in rows if (r["task"], r["arm"], r["kind"]) == (task, worst["arm"], "clean"))
+        out.append(f"Of the spoilt pictures, {worst['kind']} at strength 3 hurts {task} most: {worst['arm']} falls from {100 * clean:.1f} to {100 * worst['score']:.1f} ({worst['n']} questions on {worst['pictures']} pictures).")
+    return out

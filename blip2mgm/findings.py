@@ -6,9 +6,9 @@
 __all__ = ['STAGES', 'PARTS', 'CLAIMS', 'Artefacts', 'check_chain', 'check_again', 'data_rows', 'pairs_of', 'words_moved',
            'training_logs', 'spikes', 'training_rows', 'bad_steps', 'samples_until', 'reached', 'samples_seen',
            'unfair', 'cost_rows', 'hours_a_model', 'score_tables', 'arm_scores', 'paired', 'compare_arms', 'families',
-           'blind_answers', 'blind_rows', 'split_effect', 'left_out', 'opinions', 'flip_rows', 'flip_table',
-           'pick_flips', 'flipped_answers', 'answer_rows', 'captioner_rows', 'mention_rows', 'foundation_rows', 'holds',
-           'longer', 'diversity_change', 'trainable_share', 'audit', 'machine_claims', 'provenance', 'environment']
+           'blind_rows', 'split_effect', 'left_out', 'opinions', 'flip_rows', 'flip_table', 'pick_flips',
+           'flipped_answers', 'answer_rows', 'captioner_rows', 'mention_rows', 'foundation_rows', 'holds', 'longer',
+           'diversity_change', 'trainable_share', 'audit', 'machine_claims', 'provenance', 'environment']
 
 # %% ../nbs/81_findings.ipynb #81-findings-002
 import re
@@ -225,25 +225,10 @@ def families(compared: list, cfg) -> list:
     return [next(done[kind(c)]) for c in compared]
 
 # %% ../nbs/81_findings.ipynb #81-findings-036
-def blind_answers(questions: list) -> list[str]:
-    "For each question the right answer most frequent in its type on the other half of the pictures (turns of one question count once); ties go to the first in the alphabet."
-    from blip2mgm.tasks import textvqa_normalise
-    truths = lambda q: [q.options[a] for a in q.answers if a in q.options] if q.options else [textvqa_normalise(a) for a in q.answers]
-    half = {picture: i % 2 for i, picture in enumerate(dict.fromkeys(q.image_id for q in questions))}
-    count, seen, every = {}, set(), Counter(a for q in questions for a in truths(q))
-    for q in questions:
-        if (unit := q.id if q.unit is None else q.unit) in seen: continue
-        seen.add(unit)
-        count.setdefault((q.kind, half[q.image_id]), Counter()).update(truths(q))
-    def pick(q):
-        votes = count.get((q.kind, 1 - half[q.image_id]), Counter())
-        return min(q.options, key=lambda c: (-votes[q.options[c]], q.options[c])) if q.options else min(votes or every, key=lambda a: (-votes[a], a))
-    return [pick(q) for q in questions]
-
 def blind_rows(asked: dict[str, list], files: dict[str, list[str]]) -> list[dict]:
     "For each task what the blind answers score, overall and by type."
-    from blip2mgm.tasks import score
-    return [{"task": t, **{k: s[k] for k in ("metric", "overall", "n", "by_type")}, "from": files.get(t, [])} for t, qs in asked.items() for s in [score(t, qs, blind_answers(qs))]]
+    from blip2mgm.tasks import majority, score
+    return [{"task": t, **{k: s[k] for k in ("metric", "overall", "n", "by_type")}, "from": files.get(t, [])} for t, qs in asked.items() for s in [score(t, qs, majority(qs))]]
 
 # %% ../nbs/81_findings.ipynb #81-findings-039
 PARTS = [("all of it", "{arm}", "{base}", "the whole recipe"), ("fewer rows", "random", "{base}", "as many rows as the recipe leaves, drawn by chance"),

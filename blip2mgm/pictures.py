@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLORS', 'GROUNDS', 'SHAPES', 'SIZES', 'TEXTURES', 'SIGN_COLORS', 'VEHICLE_COLORS', 'VEHICLES', 'WORDS', 'NUMBERS',
            'ROWS', 'COLS', 'SPLITS', 'NOVEL', 'VAGUE', 'JUNK', 'SPAM', 'CATEGORY', 'SHORT', 'LETTER', 'CAPTION',
-           'PRESETS', 'MMBENCH', 'Thing', 'Sign', 'Scene', 'scene_from', 'split_of', 'make_scene', 'picture_size',
-           'draw', 'render', 'picture_grid', 'place', 'sign_phrase', 'true_caption', 'raw_caption', 'read_caption',
-           'score_captions', 'questions', 'choices', 'human_answers', 'ocr_tokens', 'options_prompt', 'short_prompt',
-           'World', 'short_turns', 'letter_turns', 'conversation', 'world_hash', 'ensure_world']
+           'PRESETS', 'MMBENCH', 'ANSWER_TYPES', 'CORNERS', 'PURPOSE', 'STRUCTURE', 'Thing', 'Sign', 'Scene',
+           'scene_from', 'split_of', 'make_scene', 'picture_size', 'draw', 'render', 'picture_grid', 'place',
+           'sign_phrase', 'true_caption', 'raw_caption', 'read_caption', 'score_captions', 'questions', 'choices',
+           'human_answers', 'ocr_tokens', 'options_prompt', 'short_prompt', 'World', 'short_turns', 'letter_turns',
+           'conversation', 'knowledge', 'world_hash', 'ensure_world']
 
 # %% ../nbs/01_pictures.ipynb #01-pictures-002
 import base64, csv, functools, hashlib, io, json, math, os, random, re, shutil
@@ -384,11 +385,11 @@ class World:
     "The size and seed of a picture world"
     captions: int          # rows of captions.jsonl
     instructions: int      # rows of instructions.json
-    evaluation: int        # pictures asked about in TextVQA and MMBench
+    evaluation: int        # pictures asked about in the five benchmarks
     choices: int           # multiple-choice questions per evaluation picture
     broken: int            # caption rows made unreadable on purpose, so that the gate has something to find
     seed: int = 2025
-    version: int = 1       # raised when the drawing changes
+    version: int = 2       # raised when what is drawn or written changes
 
 PRESETS = dict(smoke=World(96, 64, 24, 1, 7), demo=World(3000, 2000, 300, 1, 14))
 
@@ -501,6 +502,79 @@ def _write_mmbench(truths, w, folder):
         out.writeheader(); out.writerows(rows)
 
 # %% ../nbs/01_pictures.ipynb #01-pictures-064
+def _link(src: Path, dst: Path) -> None:
+    "`dst` as another name of the file `src`, or as its copy."
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    try: os.link(src, dst)
+    except OSError: shutil.copyfile(src, dst)
+
+def _plain_answers(kind, answer, rng):
+    "Ten answers as VQA publishes them: lower case, numbers as digits, without full stops"
+    said = [a.lower().rstrip(".") for a in human_answers(kind, answer, rng)]
+    said = [str(NUMBERS.index(a)) if a in NUMBERS else a for a in said]
+    return [dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(said, 1)]
+
+ANSWER_TYPES = dict(existence="yes/no", count="number", number="number")
+
+def _vqa_rows(i, q, answers, question_type, answer_type):
+    "One question and its annotation in the form of VQAv2 and OK-VQA"
+    top = max(sorted({a["answer"] for a in answers}), key=[a["answer"] for a in answers].count)
+    question = dict(image_id=i, question=q, question_id=i * 1000)
+    return question, dict(question, question_type=question_type, answer_type=answer_type, multiple_choice_answer=top, answers=answers)
+
+def _write_vqa(pairs, folder, questions, annotations):
+    "Questions and annotations as two official files"
+    asked, notes = [q for q, _ in pairs], [{k: v for k, v in n.items() if k != "question"} for _, n in pairs]
+    head = dict(data_type="mscoco", data_subtype="val2014", license=dict(name="picture world"), info=dict(version="2.0"))
+    folder.mkdir(exist_ok=True)
+    (folder / questions).write_text(json.dumps(dict(head, task_type="Open-Ended", questions=asked)))
+    (folder / annotations).write_text(json.dumps(dict(head, annotations=notes)))
+
+# %% ../nbs/01_pictures.ipynb #01-pictures-065
+def _write_vqav2(truths, w, folder):
+    rng, pairs = random.Random(f"{w.seed}/vqav2"), []
+    for i, t in enumerate(truths):
+        _link(folder / f"textvqa/train_images/{t['id']}.jpg", folder / f"coco/val2014/COCO_val2014_{i:012d}.jpg")
+        kind, q, a = questions(scene_from(t["scene"]), rng)[0]
+        pairs.append(_vqa_rows(i, q, _plain_answers(kind, a, rng), " ".join(q.lower().split()[:2]), ANSWER_TYPES.get(kind, "other")))
+    _write_vqa(pairs, folder / "vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+
+# %% ../nbs/01_pictures.ipynb #01-pictures-066
+CORNERS = dict(triangle="3", square="4")
+PURPOSE = dict(cafe="drink coffee", bank="keep money", hotel="sleep", pizza="eat", books="read", cinema="watch films", music="listen", bakery="buy bread")
+_OTHERS = ("0", "5", "eat", "sleep", "read", "even", "odd")
+
+def knowledge(scene: Scene) -> list[tuple[str, str, str]]:
+    "Questions whose answers the picture alone does not show, as (OK-VQA's question type, question, answer)"
+    out = [("three", f"How many corners does the {t.shape} have?", CORNERS[t.shape]) for t in _unique(scene.things, "shape") if t.shape in CORNERS] if scene.kind == "scene" else []
+    if scene.sign and scene.sign.text in PURPOSE: out.append(("five", "What do people do at the place that the sign names?", PURPOSE[scene.sign.text]))
+    if scene.sign and scene.sign.kind != "sign": out.append(("one", f"Is the number on the {scene.sign.kind} even or odd?", ("even", "odd")[int(scene.sign.text) % 2]))
+    return out
+
+def _write_okvqa(truths, w, folder):
+    rng, pairs = random.Random(f"{w.seed}/okvqa"), []
+    for i, t in enumerate(truths):
+        if not (asked := knowledge(scene_from(t["scene"]))): continue
+        kind, q, a = rng.choice(asked)
+        answers = [dict(answer=x, raw_answer=x, answer_confidence="yes", answer_id=k) for k, x in enumerate((a if rng.random() < .85 else rng.choice(_OTHERS) for _ in range(10)), 1)]
+        pairs.append(_vqa_rows(i, q, answers, kind, "other"))
+    _write_vqa(pairs, folder / "okvqa", "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")
+
+# %% ../nbs/01_pictures.ipynb #01-pictures-067
+STRUCTURE = dict(existence=("verify", "obj"), relation=("choose", "rel"), color=("query", "attr"), shape=("query", "cat"), ground=("query", "global"),
+                 count=("query", "obj"), word=("query", "attr"), number=("query", "attr"))
+
+def _write_gqa(truths, w, folder):
+    rng, out = random.Random(f"{w.seed}/gqa"), {}
+    for i, t in enumerate(truths):
+        _link(folder / f"textvqa/train_images/{t['id']}.jpg", folder / f"gqa/images/n{i:06d}.jpg")
+        kind, q, a = questions(scene_from(t["scene"]), rng)[0]
+        structural, semantic = STRUCTURE[kind]
+        out[f"{201000000 + i}"] = dict(question=q, imageId=f"n{i:06d}", answer=a, fullAnswer=f"{a}.", isBalanced=True, groups=dict(**{"global": kind, "local": None}),
+                                       entailed=[], equivalent=[f"{201000000 + i}"], types=dict(structural=structural, semantic=semantic, detailed=kind), semantic=[], annotations={})
+    (folder / "gqa/testdev_balanced_questions.json").write_text(json.dumps(out))
+
+# %% ../nbs/01_pictures.ipynb #01-pictures-070
 def world_hash(w: World) -> str:
     "Identity of a world: its numbers"
     return hashlib.sha256(json.dumps(asdict(w), sort_keys=True).encode()).hexdigest()
@@ -509,11 +583,11 @@ def _write_world(w, folder, workers):
     truths = _draw_all(list(_jobs(w, folder)), workers)
     of = lambda split: [t for t in truths if t["split"] == split]
     (folder / "truth.jsonl").write_text("".join(json.dumps(t) + "\n" for t in truths))
-    _write_textvqa(of("evaluation"), w, folder); _write_mmbench(of("evaluation"), w, folder)
+    for write in (_write_textvqa, _write_mmbench, _write_vqav2, _write_gqa, _write_okvqa): write(of("evaluation"), w, folder)
     _write_instructions(of("instructions"), w, folder); _write_captions(of("captions"), w, folder)
     (folder / "world.json").write_text(json.dumps(dict(asdict(w), hash=world_hash(w)), indent=1))
 
-# %% ../nbs/01_pictures.ipynb #01-pictures-065
+# %% ../nbs/01_pictures.ipynb #01-pictures-071
 def ensure_world(
     folder: str | Path,      # where the world is, or will be
     preset: str,             # a name of `PRESETS`

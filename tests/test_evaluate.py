@@ -47,24 +47,24 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world"); run = root/"run"
     make_data(root/"data"); make_model(run, "raw", 0, .05); make_model(run, "blip2_filtered", 0, .2)
     (run/"train"/"config.yaml").write_text(yaml.safe_dump(TrainConfig().to_dict()))
-    cfg = EvaluateConfig(run=str(run), data=str(root/"data"), arms=["raw", "blip2_filtered"], seeds=1, max_new_tokens=3)
+    cfg = EvaluateConfig(run=str(run), data=str(root/"data"), arms=["raw", "blip2_filtered"], seeds=1, max_new_tokens=3, tasks=["textvqa", "mmbench"], stage1_pictures=0, probe_pictures=1)
     return cfg, run/"evaluate", evaluate(cfg)
 
 def test_every_question_has_a_row_in_the_published_form(world):
     cfg, folder, result = world
-    assert result["new"] == 2 and [(s["arm"], s["task"], s["n"], s["n_rows"]) for s in result["scores"]] == [
-        (a, t, n, r) for a in cfg.arms for t, n, r in (("textvqa", 4, 4), ("mmbench", 1, 2))]
+    assert result["new"] > 12 and [(s["arm"], s["task"], s["n"], s["n_rows"]) for s in result["scores"]] == [
+        (a, t, n, r) for a in (*cfg.arms, "blind") for t, n, r in (("textvqa", 4, 4), ("mmbench", 1, 2))]
     for arm in cfg.arms:
         rows = read_jsonl(folder/arm/"seed0"/"textvqa"/"answers.jsonl")
         assert [r["question_id"] for r in rows] == [1, 2, 3, 4] and all(set(r) == FIELDS for r in rows)
-        assert all(r["model_id"] == f"{arm}/seed0" and r["metadata"]["weights"] for r in rows)
-    weights = {r["metadata"]["weights"] for arm in cfg.arms for r in read_jsonl(folder/arm/"seed0"/"textvqa"/"answers.jsonl")}
+        assert all(r["model_id"] == f"{arm}/seed0" and all(r["metadata"][k] for k in ("weights", "adapter", "processor", "engine", "prompt")) for r in rows)
+    weights = {r["metadata"]["adapter"] for arm in cfg.arms for r in read_jsonl(folder/arm/"seed0"/"textvqa"/"answers.jsonl")}
     assert len(weights) == 2
     assert read_json(folder/"scores.json")["scores"] == result["scores"]
 
 def test_a_broken_picture_is_a_failed_answer(world):
     _, folder, result = world
-    assert all(s["outcomes"]["failed"] == (s["task"] == "textvqa") for s in result["scores"])
+    assert all(s["outcomes"]["failed"] == (s["task"] == "textvqa" and s["arm"] != "blind") for s in result["scores"])   # blind, a picture cannot be broken
     last = read_jsonl(folder/"raw"/"seed0"/"textvqa"/"answers.jsonl")[-1]
     assert last["text"] == "" and last["metadata"]["outcome"] == "failed" and "Error" in last["metadata"]["failed"] and last["metadata"]["score"] == 0
 
@@ -82,24 +82,38 @@ def test_seeds_asked_differently_are_refused(tmp_path):
 
 def test_rerun_asks_only_what_changed(world):
     cfg, folder, before = world
-    files = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("answers.jsonl")}
+    files = {p: p.read_bytes() for p in folder.rglob("answers.jsonl")}
+    said = {p: p.stat().st_mtime_ns for p in folder.rglob("said.jsonl")}
+    (folder/"raw"/"seed0"/"mmbench"/"answers.jsonl").write_text("")                 # touched: made anew from what was said
     again = evaluate(cfg)
-    assert again["new"] == 0 and again["scores"] == before["scores"] and all(p.stat().st_mtime_ns == t for p, (t, _) in files.items())
-    (folder/"raw"/"seed0"/"mmbench"/"answers.jsonl").write_text("")                 # killed or touched: this task alone is asked again
-    repaired = evaluate(cfg)
-    assert repaired["new"] == 1 and repaired["scores"] == before["scores"] and all(p.read_bytes() == b for p, (_, b) in files.items())
+    assert again["new"] == 0 and again["scores"] == before["scores"] and all(p.read_bytes() == b for p, b in files.items()) and all(p.stat().st_mtime_ns == t for p, t in said.items())
+    lines = (folder/"raw"/"seed0"/"said.jsonl").read_bytes().split(b"\n")
+    (folder/"raw"/"seed0"/"said.jsonl").write_bytes(b"\n".join(lines[:5]) + b"\n{")  # killed while writing: the rest is asked again
+    repaired = evaluate(EvaluateConfig(**cfg.to_dict() | dict(workers=2)))
+    assert repaired["new"] == len(lines) - 6 and repaired["scores"] == before["scores"] and all(p.read_bytes() == b for p, b in files.items())
     make_model(Path(cfg.run), "raw", 0, .3)                                         # trained anew: its old answers are not its own
     changed = evaluate(cfg)
-    same = lambda s: [x for x in s["scores"] if x["arm"] != "raw"]
-    assert changed["new"] == 1 and same(changed) == same(before)
-    assert {s["decided_by"]["weights"] for s in changed["scores"] if s["arm"] == "raw"}.isdisjoint(s["decided_by"]["weights"] for s in before["scores"])
+    same = lambda s: [x for x in s["scores"] if x["arm"] not in ("raw", "blind")]
+    assert changed["new"] > 10 and same(changed) == same(before)
+    assert {s["decided_by"]["adapter"] for s in changed["scores"] if s["arm"] == "raw"}.isdisjoint(s["decided_by"]["adapter"] for s in before["scores"])
 
-def test_processes_give_the_same_answers(world, tmp_path):
+def test_scoring_anew_asks_nothing(world, monkeypatch):
+    "Answers belong to what gave them; when a rule changes, only marks and scores do."
+    import blip2mgm.evaluate, blip2mgm.tasks as tasks
     cfg, folder, _ = world
-    mine = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("answers.jsonl")}
-    for p in folder.rglob("answers.jsonl"): p.unlink()
-    evaluate(EvaluateConfig(**cfg.to_dict() | dict(workers=2)))
-    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("answers.jsonl")} == mine
+    before = evaluate(cfg)
+    stricter = tasks.Task("textvqa", "accuracy", tasks.read_textvqa, lambda q, text: dict(score=.5, outcome="answered", read=text), tasks.write_answers)
+    monkeypatch.setitem(tasks.TASKS, "textvqa", stricter)
+    after = evaluate(cfg)
+    assert after["new"] == 0 and {s["overall"] for s in after["scores"] if s["task"] == "textvqa"} == {.375, .5} and {s["overall"] for s in after["scores"] if s["task"] == "textvqa"} != {s["overall"] for s in before["scores"]}
+    monkeypatch.undo(); evaluate(cfg)
+
+def test_probes_and_blind(world):
+    cfg, folder, result = world
+    assert {r["n"] for r in result["probes"]} == {2, 1} and {r["pictures"] for r in result["probes"]} == {1}
+    assert len(result["probes"]) == 2 * 2 * 23 and all(r["same"] == 1 for r in result["probes"] if r["kind"] == "clean")
+    rows = read_jsonl(folder/"blind"/"seed0"/"mmbench"/"answers.jsonl")
+    assert len(rows) == 2 and all(set(r["metadata"]["options"]) == {"A", "B"} for r in rows) and score_matrix(folder, "blind", "textvqa")["units"] == [1, 2, 3, 4]
 
 def test_a_missing_model_is_named(world):
     cfg, *_ = world
@@ -114,7 +128,7 @@ def test_tables_and_figures(world):
     import matplotlib; matplotlib.use("agg")
     cfg, folder, result = world
     table = score_rows(result)
-    assert table[0]["arm"] == "(majority answer)" and len(table) == 6
+    assert table[0]["arm"] == "(majority answer)" and len(table) == 8
     assert type_rows(result, "textvqa")[-1]["n"] == 4 and all(isinstance(s, str) for s in conclusion(result))
     answers = read_jsonl(folder/"raw"/"seed0"/"textvqa"/"answers.jsonl")
     assert len(choose(answers, 9, True)) + len(choose(answers, 9, False)) == 4

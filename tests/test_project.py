@@ -49,7 +49,7 @@ def test_clean_keeps_the_parameters_tag(project):
 @named([p for p in NOTEBOOKS if p.stem != "index"])
 def test_every_notebook_has_the_same_beginning(path):
     code, text = cells(path), cells(path, "markdown")
-    assert sum(s.startswith(f"#| default_exp {path.stem[3:]}") for s, _ in code) == 1
+    assert sum(s.startswith(f"#| default_exp {path.stem.partition('_')[2]}") for s, _ in code) == 1
     assert re.match(r"# .+\n+> .+", text[0][0]), "a title, then a subtitle"
     assert not any(re.search(r"^\s*from \S+ import \*", s, re.M) for s, _ in code)
 
@@ -93,7 +93,7 @@ def test_committed_notebooks_show_no_errors_or_warnings(path):
 
 
 def test_every_module_comes_from_a_notebook():
-    made = {p.stem[3:] for p in NOTEBOOKS if p.stem != "index"}
+    made = {p.stem.partition("_")[2] for p in NOTEBOOKS if p.stem != "index"}
     have = {p.stem for p in (ROOT / "blip2mgm").glob("*.py")} - {"__init__", "_modidx"}
     assert have == made
 

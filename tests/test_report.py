@@ -14,7 +14,7 @@ from blip2mgm.enhance import EnhanceConfig
 from blip2mgm.evaluate import EvaluateConfig, Reply, ask_about, keep_answers
 from blip2mgm.explore import analyse
 from blip2mgm.pictures import ensure_world
-from blip2mgm.findings import Artefacts, arm_scores, blind_answers, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
+from blip2mgm.findings import Artefacts, arm_scores, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
 from blip2mgm.page import banner, gallery, md_table, page_of, report_md, tables_of
 from blip2mgm.report import ReportConfig, build, finish_comparison, freeze_plan, plot_scores, plot_verdict, publish, save_figures, verdict_of, write_comparison
 from blip2mgm.runs import compare_runs, history
@@ -220,13 +220,6 @@ def test_models_that_learned_nothing_are_no_finding():
     rng = np.random.default_rng(0)
     v = judged({("t", arm): table(rng, -1) for arm in RATES}, blind=0.4)   # every answer wrong
     assert "did not learn the task" in v["sentence"] and not next(t["ok"] for t in v["checks"] if t["check"] == "learned")
-
-
-def test_blind_answers_do_not_know_their_own_question():
-    one = [Question(i, f"p{i}", b"", "", "", "k", (a,), options={"A": "red", "B": "blue"}, unit=i) for i, a in enumerate("AB")]
-    assert blind_answers(one) == ["B", "A"]                                # each sees only the other, which is wrong for it
-    turned = [Question(5, "p", b"", "", "", "k", ("A",), options={"A": "red", "B": "blue"}, unit=5), Question(1_000_005, "p", b"", "", "", "k", ("B",), options={"A": "blue", "B": "red"}, unit=5)]
-    assert blind_answers(turned) == ["B", "A"]                             # its own turns do not vote for it either
 
 
 def frozen(run, **kw):

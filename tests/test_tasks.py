@@ -6,6 +6,7 @@ from PIL import Image
 from blip2mgm.core import UserError
 from blip2mgm.tasks import (MMBENCH, TEXTVQA, Question, majority, mark, mmbench_circular, option_letter, question_type,
                             read_mmbench, read_textvqa, score, textvqa_accuracy, textvqa_normalise, units)
+from blip2mgm.scorers import gqa_accuracy, vqa_accuracy
 
 GOLDENS = Path(__file__).parent/'goldens'
 textvqa, mmbench = (json.loads((GOLDENS/f'{n}.json').read_text()) for n in ('textvqa', 'mmbench'))
@@ -105,7 +106,7 @@ def test_outcomes_are_counted_not_guessed():
     options = dict(A='x', B='y')
     qs = [question(i, options=options, unit=i) for i in range(4)]
     out = score('mmbench', qs, ['A', 'no idea', '', None])
-    assert out['outcomes'] == dict(answered=1, unparsed=1, empty=1, failed=1)
+    assert out['outcomes'] == dict(answered=1, unparsed=1, empty=1, truncated=0, failed=1)
     assert out['overall'] == .25 and out['n'] == 4
 
 def test_unit_takes_its_worst_row():
@@ -114,6 +115,55 @@ def test_unit_takes_its_worst_row():
     assert score('mmbench', qs, ['A', 'A'])['vanilla'] == 1
     with pytest.raises(ValueError): mark('mmbench', qs, ['A'])
 
-def test_majority_ties_are_alphabetical():
-    qs = [question(i, answers=(a,) * 10) for i, a in enumerate(['cat', 'bus'])]
-    assert majority(qs) == ['bus', 'bus']
+def test_a_cut_off_answer_is_truncated_and_scored_as_it_is():
+    rows = mark('textvqa', [question(1, answers=('cat',) * 10)], ['cat'], truncated=[1])
+    assert rows[0]['outcome'] == 'truncated' and rows[0]['score'] == 1
+    assert mark('textvqa', [question(1, answers=('cat',) * 10)], [None], truncated=[1])[0]['outcome'] == 'failed'
+
+def test_the_majority_does_not_know_its_own_question():
+    assert majority([question(i, answers=(a,) * 10) for i, a in enumerate(['cat', 'bus'])]) == ['bus', 'cat']    # each sees only the other
+    one = [question(i, answers=(a,), options=dict(A='red', B='blue'), unit=i) for i, a in enumerate('AB')]
+    assert majority(one) == ['B', 'A']
+    turned = [question(5, image_id='p', options=dict(A='red', B='blue'), unit=5), question(1000005, image_id='p', answers=('B',), options=dict(A='blue', B='red'), unit=5)]
+    assert majority(turned) == ['B', 'A']                                                                        # its own turns do not vote for it either
+    ties = [question(i, answers=(a,) * 10) for i, a in enumerate(['x', 'cat', 'y', 'bus'])]
+    assert majority(ties)[0] == 'bus'
+
+# worked out with the published evaluator of the VQA challenge
+@pytest.mark.parametrize('said,answers,score', [
+    ('Yes.', ['yes'] * 10, 1.), ('yes', ['Yes'] * 10, 0.), ('two', ['two'] * 10, 0.), ('2', ['2'] * 9 + ['two'], 1.), ('t-shirt', ['t-shirt'] * 10, 0.),
+    ('t-shirt', ['t-shirt'] * 9 + ['shirt'], 1.), ('a dog', ['dog'] * 2 + ['cat'] * 8, .6), ('1,000', ['1000'] * 10, 1.), ('1,000', ['1,000'] * 9 + ['x'], 1.), ('dont', ["don't"] * 10, 1.),
+    ("john's", ["john's"] * 10, 1.), ('x, y', ['x y'] * 10, 1.), ('x,y', ['x y'] * 10, 1.), ('3.5', ['3.5'] * 10, 1.), ('', ['yes'] * 10, 0.), ('none', ['0'] * 10, 1.)])
+def test_vqa_accuracy(said, answers, score): assert round(vqa_accuracy(said, answers), 12) == score
+
+@pytest.mark.parametrize('text,score', [('Red.', 1), ('red', 1), ('RED...', 1), (' red', 0), ('a red', 0), ('', 0)])
+def test_gqa_accuracy(text, score): assert gqa_accuracy(text, 'red') == score
+
+def test_two_hundred_thousand_vqa_answers_are_scored_in_seconds():
+    import random, time
+    rng, words = random.Random(0), [f'{a} {b}' for a in ('red', 'blue', 'two', 'the', "don't", 'x-y') for b in map(str, range(900))]
+    sets = [[rng.choice(words)] * 6 + rng.choices(words, k=4) for _ in range(20_000)]
+    start = time.process_time()
+    for answers in sets: vqa_accuracy(answers[0], answers)
+    assert time.process_time() - start < 1                                                                       # a tenth of what may take 10 s
+
+def test_the_world_offers_all_five_tasks(tmp_path):
+    from blip2mgm.pictures import ensure_world
+    from blip2mgm.tasks import TASKS
+    world = ensure_world(tmp_path/'w', 'smoke')
+    asked = {name: t.read(world) for name, t in TASKS.items()}
+    assert list(asked) == ['textvqa', 'mmbench', 'vqav2', 'gqa', 'okvqa'] and all(asked.values())
+    assert {len(q.answers) for q in asked['vqav2'] + asked['okvqa']} == {10} and all(q.image.is_file() for t in ('vqav2', 'gqa', 'okvqa') for q in asked[t])
+    for name, qs in asked.items():
+        truth = [q.answers[0] if name in ('mmbench', 'gqa') else max(set(q.answers), key=q.answers.count) for q in qs]
+        right = score(name, qs, truth)
+        assert right['overall'] > .8 and TASKS[name].write(qs, truth, tmp_path/TASKS[name].result).stat().st_size
+
+def test_submission_holds_texts_only(tmp_path):
+    import zipfile
+    from blip2mgm.tasks import XLSX_COLUMNS, write_mmbench
+    qs = [question(i, question='=1+1', options=dict(A='http://x.y', B='2'), extra=dict(split='dev')) for i in (3, 1000003)]
+    book = zipfile.ZipFile(write_mmbench(qs, ['A', ''], tmp_path/'s.xlsx'))
+    sheet, texts = book.read('xl/worksheets/sheet1.xml').decode(), book.read('xl/sharedStrings.xml').decode()
+    assert '<f>' not in sheet and 'hyperlink' not in sheet and '=1+1' in texts and '<v>1000003</v>' in sheet
+    assert all(f'>{c}<' in texts for c in XLSX_COLUMNS)
