@@ -6,8 +6,8 @@
 __all__ = ['TASK_NAMES', 'ROLES', 'FIGURES', 'STYLE', 'PAGE', 'task_name', 'Shown', 'folded', 'banner', 'points_text',
            'span_text', 'plain', 'difference_table', 'test_table', 'score_table', 'split_table', 'power_table',
            'left_out_table', 'data_table', 'training_table', 'cost_table', 'mention_table', 'captioner_table',
-           'foundation_table', 'words_table', 'answer_table', 'type_table', 'tables_of', 'truth_of', 'gallery',
-           'md_table', 'report_md', 'write_tables', 'anchor', 'page_of', 'told', 'says_here']
+           'foundation_table', 'words_table', 'answer_table', 'type_table', 'stage1_table', 'probe_table', 'tables_of',
+           'truth_of', 'gallery', 'md_table', 'report_md', 'write_tables', 'anchor', 'page_of', 'told', 'says_here']
 
 # %% ../nbs/82_page.ipynb #82-page-002
 import html
@@ -19,8 +19,8 @@ from .arms import ARMS
 from .core import UserError, write_text
 
 # %% ../nbs/82_page.ipynb #82-page-005
-TASK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
-ROLES = ARMS | {"blind": "a model that never sees the picture"}
+TASK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench", "vqav2": "VQAv2", "gqa": "GQA", "okvqa": "OK-VQA"}
+ROLES = ARMS | {"blind": "the base's models, asked without the picture"}
 
 def task_name(task: str) -> str:
     "How a benchmark writes its own name."
@@ -164,10 +164,18 @@ def type_table(out: dict, task: str) -> list[dict]:
     "Percent by question type."
     return [{"question type": r["type"], "questions": r["n"], "never looking": round(100 * r["blind"], 1), **{a: round(100 * v, 1) for a, v in r["arms"].items()}} for r in out["by_type"] if r["task"] == task]
 
+def stage1_table(out: dict) -> list[dict]:
+    "What the models answered after stage 1 and after stage 2, on the few questions that were asked of both."
+    return [{"task": task_name(r["task"]), "arm": r["arm"], "seeds": r["seeds"], "questions": r["n"], "after stage 1, %": points_text(r["stage1"], False), "the same after stage 2, %": points_text(r["stage2"], False)} for r in out["stage1"]]
+
+def probe_table(out: dict) -> list[dict]:
+    "Scores under spoilt pictures, other wordings and without OCR words; first seed of each arm."
+    return [{"task": task_name(r["task"]), "changed": r["probe"], "arm": r["arm"], "score, %": points_text(r["score"], False), "interval": span_text(r, False), "same answers": _share(r["same"], 0), "questions": r["n"]} for r in out["probes"]]
+
 def tables_of(out: dict) -> dict[str, list[dict]]:
     "All tables by name."
     fixed = {"differences": difference_table, "parts of the effect": split_table, "scores": score_table, "tests": test_table, "one left out": left_out_table, "power": power_table, "data": data_table,
-             "words gained and lost": words_table, "captioner": captioner_table, "things named": mention_table, "foundation": foundation_table, "training": training_table, "cost": cost_table, "answers": answer_table}
+             "words gained and lost": words_table, "captioner": captioner_table, "things named": mention_table, "foundation": foundation_table, "training": training_table, "after stage 1": stage1_table, "robustness": probe_table, "cost": cost_table, "answers": answer_table}
     said = lambda v: ", ".join(map(str, v)) or "measured" if isinstance(v, list) else v
     plan = [{"what": r["what"], "planned": said(r["planned"]), "done": said(r["done"]), "as planned": "yes" if r["as planned"] else "no" if out["plan"]["frozen"] else "no plan"} for r in out["plan"]["rows"]]
     claims = [{k: v for k, v in c.items() if k != "value"} for c in plain(out["claims"] + out["machine_claims"])]

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['QUESTION', 'FROZEN', 'HEADLINES', 'TOP', 'ReportConfig', 'freeze_plan', 'read_plan', 'plan_rows', 'planned_arms',
            'power_rows', 'role', 'says', 'main_sentence', 'checks', 'verdict_of', 'plot_verdict', 'plot_scores',
-           'conclusions', 'next_steps', 'limits', 'questions_of', 'by_type', 'measured', 'build', 'finish_comparison',
-           'clear_top', 'write_comparison', 'save_figures', 'publish']
+           'plot_probes', 'conclusions', 'next_steps', 'limits', 'questions_of', 'by_type', 'after_stage1', 'measured',
+           'build', 'finish_comparison', 'clear_top', 'write_comparison', 'save_figures', 'publish']
 
 # %% ../nbs/50_report.ipynb #50-report-002
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 
-from .core import Config, ConfigError, UserError, data_hash, nearest, read_json, show_path, weights_dir, write_json, write_text
+from .core import Config, ConfigError, UserError, data_hash, nearest, read_json, read_jsonl, show_path, weights_dir, write_json, write_text
 from .findings import (Artefacts, answer_rows, arm_scores, audit, bad_steps, blind_rows, captioner_rows, check_again, check_chain, compare_arms, cost_rows, data_rows,
                                environment, flip_table, foundation_rows, hours_a_model, left_out, machine_claims, mention_rows, opinions, pairs_of, provenance, reached,
                                samples_seen, score_tables, split_effect, training_logs, training_rows, unfair, words_moved)
@@ -137,6 +138,7 @@ HEADLINES = {"better": "Yes: the model answers {task} better", "worse": "No: the
 def checks(compared: list, scores: list[dict], blind: dict[str, float], warnings: list[str], planned: bool, cfg: ReportConfig) -> list[dict]:
     "What speaks for and against trusting the run: ok is True, False (to be looked at) or None (not in this run); `stops` marks what makes it worthless."
     again, shuffled = [c for c in compared if c.arm == cfg.again], [c for c in compared if "shuffled" in c.arm and c.task == cfg.endpoint]
+    unseen = [c for c in compared if (c.arm, c.task) == ("blind", cfg.endpoint)]
     differ = [c for c in again if c.verdict in ("better", "worse")]
     top = max((s["value"] for s in scores if s["task"] == cfg.endpoint and s["arm"] in (cfg.arm, cfg.base)), default=0)
     line, name = blind.get(cfg.endpoint, 0), task_name(cfg.endpoint)
@@ -146,6 +148,8 @@ def checks(compared: list, scores: list[dict], blind: dict[str, float], warnings
               f"two trainings on the same captions differ by chance only ({says(found or again[0])})")},
             {"check": "shuffled captions", "ok": None if not shuffled else all(c.verdict == "worse" for c in shuffled), "stops": any(c.verdict != "worse" for c in shuffled),
              "text": "no arm with shuffled captions in this run, so it is not shown that captions matter at all" if not shuffled else "; ".join(f"{c.arm} is {c.verdict} ({says(c)})" for c in shuffled)},
+            {"check": "looks at pictures", "ok": None if not unseen else all(c.verdict == "worse" for c in unseen), "stops": False,
+             "text": "the models were not asked without pictures in this run" if not unseen else f"without the picture {cfg.base} is {unseen[0].verdict} ({says(unseen[0])})"},
             {"check": "learned", "ok": top > line, "stops": False, "text": f"on {name} the better of the two scores {100 * top:.1f}%, answers that never look {100 * line:.1f}%" + ("" if top > line else ", so the models did not learn the task")},
             {"check": "seeds", "ok": compared[0].n_seeds > 1, "stops": False, "text": f"{compared[0].n_seeds} seeds an arm" if compared[0].n_seeds > 1 else "one seed cannot tell an arm from the luck of its seed"},
             {"check": "equal training", "ok": not warnings, "stops": False, "text": "; ".join(warnings) or "every arm and seed saw the same number of samples"},
@@ -165,13 +169,18 @@ def verdict_of(compared: list, scores: list[dict], blind: dict[str, float], cfg:
             "verdicts": {c.task: c.verdict for c in compared if c.arm == cfg.arm}, "warnings": loud, "checks": tests, "controls": others}
 
 # %% ../nbs/50_report.ipynb #50-report-021
+def _grid(n: int, most: int) -> tuple[int, int]:
+    "Columns, at most `most`, and rows for `n` panels."
+    return min(n, most), -(-n // most)
+
 def plot_verdict(compared: list, cfg: ReportConfig):
     "Differences to the base with their intervals, a panel a task, the A/A arm on grey ground, too small a difference as a band, as a figure."
     from blip2mgm.explore import panels
     from blip2mgm.stats import plot_differences
     tasks = sorted({c.task for c in compared}, key=lambda t: t != cfg.endpoint)
     span = 115 * max(max(abs(c.low), abs(c.high), *map(abs, c.per_seed), cfg.smallest) for c in compared) or 1
-    fig, axs = panels(len(tasks), width=5.6 * len(tasks), height=1.1 + 0.55 * len(compared) / len(tasks))
+    columns, rows = _grid(len(tasks), 2)
+    fig, axs = panels(columns, width=5.6 * columns, height=rows * (1.1 + 0.55 * len(compared) / len(tasks)), rows=rows)
     for ax, task in zip(axs, tasks):
         mine = [c for c in compared if c.task == task]
         plot_differences(mine, ax)
@@ -181,6 +190,7 @@ def plot_verdict(compared: list, cfg: ReportConfig):
         ax.set(title=f"{task_name(task)}: difference to {cfg.base}{' (the question)' if task == cfg.endpoint else ''}", xlim=(-span, span))
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
+    for ax in axs[len(tasks):]: ax.axis("off")
     return fig
 
 # %% ../nbs/50_report.ipynb #50-report-024
@@ -189,7 +199,8 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
     from blip2mgm.explore import panels
     from blip2mgm.train import ARM_COLOURS
     tasks = list(majority)
-    fig, axs = panels(len(tasks), width=4.6 * len(tasks), height=3)
+    columns, rows = _grid(len(tasks), 3)
+    fig, axs = panels(columns, width=4.6 * columns, height=3 * rows, rows=rows)
     for ax, task in zip(axs, tasks):
         mine = [s for s in scores if s["task"] == task]
         for x, s in enumerate(mine):
@@ -201,9 +212,23 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
         ax.set_xticks(range(len(mine)), [s["arm"].replace("_", "\n") for s in mine], fontsize=8)
         ax.set(title=task_name(task), ylabel="score, %", ylim=(0, 100), xlim=(-0.6, len(mine) + 0.1))
         ax.grid(axis="x", visible=False)
+    for ax in axs[len(tasks):]: ax.axis("off")
     return fig
 
-# %% ../nbs/50_report.ipynb #50-report-027
+# %% ../nbs/50_report.ipynb #50-report-026
+def plot_probes(probes: list[dict]):
+    "Score under each corruption over its strength, a row a task, a line an arm, as a figure; None where nothing was asked."
+    from blip2mgm.explore import panels
+    from blip2mgm.looking import plot_curves
+    tasks, kinds = list(dict.fromkeys(p["task"] for p in probes)), list(dict.fromkeys(p["kind"] for p in probes if p["strength"]))
+    if not kinds: return None
+    fig, axs = panels(len(kinds), width=1.9 * len(kinds), height=2.2 * len(tasks), rows=len(tasks), sharey=True)
+    for i, task in enumerate(tasks):
+        plot_curves(probes, task, axs[i * len(kinds):(i + 1) * len(kinds)])
+        axs[i * len(kinds)].set_ylabel(f"{task_name(task)}, %")
+    return fig
+
+# %% ../nbs/50_report.ipynb #50-report-029
 def conclusions(out: dict, cfg: ReportConfig) -> list[dict]:
     "Sentences with the part of the report that shows what they say."
     main = next(c for c in out["comparisons"] if (c["arm"], c["task"]) == (cfg.arm, cfg.endpoint))
@@ -237,7 +262,7 @@ def next_steps(out: dict, cfg: ReportConfig) -> list[str]:
     low = [task_name(t) for t in out["unlearned"]]
     return steps + ([f"Teach the models {' and '.join(low)} first: no arm is above answers that never look."] if low else []) + ["Repeat it on the data and models that matter to you: another profile in params/."]
 
-# %% ../nbs/50_report.ipynb #50-report-028
+# %% ../nbs/50_report.ipynb #50-report-030
 def limits(compared: list, cfg: ReportConfig, split: list[dict]) -> list[str]:
     "What this run cannot show, from its own numbers."
     main, missing = next(c for c in compared if (c.arm, c.task) == (cfg.arm, cfg.endpoint)), [r["part"] for r in split if r["missing"]]
@@ -250,7 +275,7 @@ def limits(compared: list, cfg: ReportConfig, split: list[dict]) -> list[str]:
     if cfg.data.startswith("pictures/"): out.append("Pictures are drawn by a program and models are small; the size of a difference here says nothing about photographs and models of full size.")
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-030
+# %% ../nbs/50_report.ipynb #50-report-032
 def questions_of(art: Artefacts, root: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
     "The questions that were asked, and their files in the data, noted; by task."
     from blip2mgm.evaluate import EvaluateConfig, ask_about
@@ -271,7 +296,20 @@ def by_type(found: dict, blind: list[dict]) -> list[dict]:
             out.append({"task": b["task"], "type": kind, "n": at["n"], "blind": at["score"], "arms": {a: sum(v) / len(v) for a, v in arms.items()}, "from": ["evaluate/scores.json", *b["from"]]})
     return out
 
-# %% ../nbs/50_report.ipynb #50-report-031
+# %% ../nbs/50_report.ipynb #50-report-033
+def after_stage1(art: Artefacts, scores: list[dict]) -> list[dict]:
+    "Mean score over seeds after stage 1, beside that after stage 2 on the same questions, by task and arm."
+    from blip2mgm.evaluate import answered_units
+    out: dict = {}
+    for s in (s for s in scores if s.get("stage") == 1):
+        files = [f"evaluate/{part}{s['arm']}/seed{s['seed']}/{s['task']}/answers.jsonl" for part in ("stage1/", "")]
+        first, later = ({u["unit"]: u["score"] for u in answered_units(read_jsonl(art.path(f)))} for f in files)
+        row = out.setdefault((s["task"], s["arm"]), {"task": s["task"], "arm": s["arm"], "n": len(first), "stage1": [], "stage2": [], "from": []})
+        row["stage1"].append(fmean(first.values())), row["stage2"].append(fmean(later[u] for u in first))
+        row["from"] += files
+    return [r | {"seeds": len(r["stage1"]), "stage1": fmean(r["stage1"]), "stage2": fmean(r["stage2"])} for r in out.values()]
+
+# %% ../nbs/50_report.ipynb #50-report-034
 def measured(art: Artefacts, cfg: ReportConfig, root: Path) -> tuple[dict, dict, dict]:
     "All rows that are read or counted, the tables of scores, and the training logs."
     check_chain(art, data_hash(cfg))
@@ -287,10 +325,10 @@ def measured(art: Artefacts, cfg: ReportConfig, root: Path) -> tuple[dict, dict,
            "words": [m | {"from": [f"enhance/arms/{cfg.arm}/lineage.jsonl"]} for m in words_moved(pairs_of(art, cfg.arm))], "explored": {"captions": explored["captions"], "words": explored["words"], "from": ["explore/analysis_results.json"]},
            "rows": {"rows": summary["rows"], "operators": summary.get("operators", []), "rejected_by": summary.get("rejected_by", {}), "from": ["enhance/summary.json"]},
            "training": trained, "samples": samples_seen(trained), "reached": reached(logs, trained, cfg.base), "machine_cost": cost, "captioner": captioner_rows(art, weights), "mentions": mention_rows(art),
-           "foundation": foundation_rows(art, weights), "answers": answer_rows(art, tables, cfg.base)}
+           "foundation": foundation_rows(art, weights), "stage1": after_stage1(art, found["scores"]), "probes": [p | {"from": ["evaluate/scores.json"]} for p in found.get("probes", [])], "answers": answer_rows(art, tables, cfg.base)}
     return out, tables, logs
 
-# %% ../nbs/50_report.ipynb #50-report-032
+# %% ../nbs/50_report.ipynb #50-report-035
 def build(art: Artefacts, cfg: ReportConfig, root: Path) -> tuple[dict, dict, list, dict]:
     "The comparison as it is written, the tables of scores, the comparisons and the training logs."
     from dataclasses import replace
@@ -314,7 +352,7 @@ def finish_comparison(out: dict, art: Artefacts, cfg: ReportConfig, shown: list[
     "The comparison with what was shown, seeds, provenance and the hash of every file that was read."
     return out | {"shown": shown, "pictures": data_hash(cfg), "seeds": {s["arm"]: s["seeds"] for s in out["scores"]}, "stages": provenance(art), "environment": environment(art), "files": dict(sorted(art.used.items()))}
 
-# %% ../nbs/50_report.ipynb #50-report-034
+# %% ../nbs/50_report.ipynb #50-report-037
 TOP = ("report.html", "report.ipynb", "report.md", "comparison.json")   # in the run folder itself
 
 def clear_top(run: str | Path) -> None:

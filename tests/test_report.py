@@ -22,7 +22,8 @@ from blip2mgm.tasks import Question, majority, mark, summarise
 from blip2mgm.train import TrainConfig
 
 RATES = {"raw": 0.45, "blip2_filtered": 0.75, "random": 0.45, "raw_again": 0.45}
-CONFIGS = {"enhance": EnhanceConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+ASKED = ["textvqa", "mmbench"]
+CONFIGS = {"enhance": EnhanceConfig, "train": TrainConfig, "evaluate": lambda: EvaluateConfig(tasks=ASKED)}
 EVIL = "<script>alert('no')</script>"
 
 
@@ -66,7 +67,7 @@ def run(tmp_path_factory):
             for stage in (1, 2):
                 write_jsonl(run / f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl", [{"step": i, "loss": 3 / (i + 1), "grad_norm": 1.0, "samples": 8, "seconds": i / 2} for i in range(20)])
     keep_record(run, "train", ["enhance"])
-    asked, scores = ask_about(root, EvaluateConfig(run=str(run))), []
+    asked, scores = ask_about(root, EvaluateConfig(run=str(run), tasks=ASKED)), []
     for arm, rate in RATES.items():
         for seed in seeds_of(arm):
             rng = random.Random(f"{arm} {seed}")
@@ -98,7 +99,7 @@ def test_a_planted_effect_is_found_and_its_controls_are_quiet(built):
     assert {c["verdict"] for c in out["comparisons"] if c["arm"] != "blip2_filtered"} <= {"inconclusive", "equivalent"}
     assert [c.arm for c in compared] == ["blip2_filtered"] * 2 + ["random"] * 2 + ["raw_again"] * 2 and [c.family for c in compared] == [1, 3, 3, 3, 2, 2]
     told = {t["check"]: t["ok"] for t in out["checks"]}
-    assert told == {"A/A": True, "shuffled captions": None, "learned": True, "seeds": True, "equal training": True, "planned": False}
+    assert told == {"A/A": True, "shuffled captions": None, "looks at pictures": None, "learned": True, "seeds": True, "equal training": True, "planned": False}
 
 
 def test_what_was_not_run_is_said(built):
@@ -269,7 +270,7 @@ def test_numbers_that_are_none_do_not_stop_the_tables():
 def test_page_is_self_contained_and_strangers_text_is_escaped(run, cfg, built, tmp_path):
     out, _, compared, _ = built
     root = run / "data"
-    questions = {(t, q.id): q for t, qs in ask_about(root, EvaluateConfig(run=str(run))).items() for q in qs}
+    questions = {(t, q.id): q for t, qs in ask_about(root, EvaluateConfig(run=str(run), tasks=ASKED)).items() for q in qs}
     cards, bits = gallery(out["shown"], questions, "raw", "blip2_filtered"), nbformat.v4
     assert "data:image/jpeg;base64," in cards.page and EVIL not in cards.page and "&lt;script&gt;" in cards.page
     shown = [bits.new_output("display_data", {"text/html": x._repr_html_(), "text/plain": repr(x)}) for x in (banner(out), cards)]
