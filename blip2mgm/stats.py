@@ -233,7 +233,7 @@ def permutation(
     "Two-sided p-values of no difference with the signs of pictures or of seeds drawn anew (scipy), and the least that the number of seeds allows."
     from scipy.stats import permutation_test
     table, mean = by_cluster(*_checked(values, clusters)), lambda x, axis: x.mean(axis)
-    p = lambda x: float(permutation_test((x,), mean, permutation_type='samples', vectorized=True, n_resamples=draws, rng=np.random.default_rng(seed)).pvalue) if x.any() else 1.
+    p = lambda x: float(permutation_test((x,), mean, permutation_type='samples', vectorized=True, n_resamples=draws, rng=np.random.default_rng(seed)).pvalue) if len(x) > 1 and x.any() else 1.
     return dict(pictures=p(table.mean(0)), seeds=p(table.mean(1)), least_by_seeds=2 / 2**len(table))
 
 # %% ../nbs/08_stats.ipynb #08-stats-051

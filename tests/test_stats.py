@@ -70,6 +70,7 @@ def test_permutation():
     rng = np.random.default_rng(0)
     assert permutation(rng.normal(.2, .3, (3, 200)))['pictures'] < .001 and permutation(rng.normal(0, .3, (3, 200)))['pictures'] > .01
     assert permutation(rng.normal(.2, .3, (3, 200)))['seeds'] == .25 and permutation(np.zeros((3, 5)))['pictures'] == 1
+    assert permutation(rng.normal(.2, .3, (1, 200)))['seeds'] == 1   # one seed can show nothing
 
 def test_mean_is_over_questions_whatever_the_cluster_sizes():
     rng = np.random.default_rng(0)
