@@ -7,7 +7,8 @@ __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'conf
            'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
            'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
            'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
-           'do_compare', 'do_history', 'do_lab', 'do_check', 'do_explore', 'do_clean', 'parser', 'main']
+           'do_compare', 'do_history', 'do_lab', 'do_check', 'do_explore', 'do_check_adapter', 'do_merge_adapter',
+           'do_clean', 'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
 import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -405,6 +406,15 @@ def do_explore(args):
     from blip2mgm.explore import preview
     print(preview(args.path, args.root, args.depth, args.sample))
 
+def do_check_adapter(args):
+    from blip2mgm.train import check_adapter
+    print(check_adapter(args.folder))
+    print(f"\n{args.folder}: a sound adapter")
+
+def do_merge_adapter(args):
+    from blip2mgm.train import merge_adapter
+    print(f"merged into {show_path(merge_adapter(args.folder, args.to))}: `blip2mgm.mgm.load_original` reads it")
+
 def do_clean(args):
     run = resolve(_run_folder(args.run) or load_profile(args.profile)[0].cfg.run)
     print(f"removed {show_path(run)}" if clean_run(run, args.yes) else "nothing was removed")
@@ -445,6 +455,10 @@ def _add_commands(commands):
     compare.add_argument("--arm", help="the arm to compare, if not the one that each run's verdict is about")
     history = _command(commands, "history", do_history, "list all runs with what they asked and found", profile=False)
     history.add_argument("folder", nargs="?", default="runs", help="where the run folders lie (runs)")
+    check = _command(commands, "check-adapter", do_check_adapter, "check a trained adapter: files, base weights, and that it answers as when it was trained", profile=False)
+    merge = _command(commands, "merge-adapter", do_merge_adapter, "merge a trained adapter with its base into one checkpoint in the original's layout", profile=False)
+    for c in (check, merge): c.add_argument("folder", type=Path, help="the adapter's folder, such as runs/demo/train/raw/seed0")
+    merge.add_argument("to", type=Path, help="a new folder for the checkpoint")
     lab = _command(commands, "lab", do_lab, "open the notebooks in JupyterLab, on this machine only", profile=False)
     lab.add_argument("extra", nargs="*", metavar="OPTION", help="passed on to JupyterLab; write -- before it: blip2mgm lab -- --no-browser")
     clean = _command(commands, "clean", do_clean, "remove a profile's run folder with all its results", run=True)
