@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, file_hash, inside, read_json, read_jsonl, read_yaml,
                            resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
 from .health import Finding, diagnose, findings_table, label_view, preflight
-from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, lr_factor, read_checkpoint
+from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, computing, lr_factor, read_checkpoint
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
 
 # %% auto #0
@@ -24,9 +24,10 @@ __all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig',
            'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of', 'planned',
            'hold_out', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker',
            'Worker', 'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
-           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'train', 'finish',
-           'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands', 'plot_training',
-           'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
+           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'check_first', 'train',
+           'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
+           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
+           'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -444,6 +445,7 @@ class Trained:
     jobs: list[Job]
     results: list[dict]
     ready: Prepared
+    preflight: list[Finding]   # what was found before the training; empty if all was trained before
     def logs(self) -> dict: return logs_of(self.jobs)
 
 def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
@@ -453,6 +455,17 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     return out
 
 # %% ../nbs/30_train.ipynb #30-train-050
+def check_first(jobs: list[Job]) -> list[Finding]:
+    "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
+    from blip2mgm.adapters import attach
+    job = next((j for j in jobs if not is_done(j, 2)), None)
+    if job is None: return []
+    cfg, model = job.cfg, base_model(job.cfg)[0]
+    for p in model.parameters(): p.requires_grad_(False)
+    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
+
+# %% ../nbs/30_train.ipynb #30-train-051
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -466,11 +479,12 @@ def train(
         for k, aspect in ((1, "square"), (2, "pad")):
             ready.features[k] = str(make_features(cfg, stage.root, sorted(pictures[k]), aspect, stage.dir/"features"/aspect, pool))
         jobs = make_jobs(cfg, stage.dir, ready)
+        found = check_first(jobs)
         results = run_jobs(jobs, pool, total_steps(jobs, ready), draw)
-    if own: finish(stage, Trained(jobs, results, ready))
-    return Trained(jobs, results, ready)
+    if own: finish(stage, Trained(jobs, results, ready, found))
+    return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-052
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -479,7 +493,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-054
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -497,7 +511,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-056
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -506,7 +520,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-057
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -524,7 +538,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-059
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -534,7 +548,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-060
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -553,7 +567,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-061
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -568,7 +582,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-062
+# %% ../nbs/30_train.ipynb #30-train-063
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -580,14 +594,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-065
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-067
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -599,13 +613,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-067
+# %% ../nbs/30_train.ipynb #30-train-068
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-069
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -619,14 +633,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-081
+# %% ../nbs/30_train.ipynb #30-train-084
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-084
+# %% ../nbs/30_train.ipynb #30-train-087
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

@@ -68,13 +68,6 @@ def run(tmp_path_factory):
         yield folder, train(config(folder))
 
 
-def again(run, to, **more):
-    "The same run's inputs in another folder, trained there"
-    for name in ("parts", "data", "enhance"):
-        shutil.copytree(run[0] / name, to / name)
-    return train(config(to, **more))
-
-
 def tensors(folder, arm="raw", seed=0):
     return [(folder / "train" / arm / f"seed{seed}" / f).read_bytes() for f in ("adapter_model.safetensors", "non_lora_trainables.safetensors")]
 
@@ -200,8 +193,19 @@ def test_a_second_call_trains_nothing(run):
     assert times() == before
 
 
+def alone(run, to, **more):
+    "The run's first job once more in this process, with other parameters, into another folder"
+    from dataclasses import asdict, replace
+
+    from blip2mgm.train import job_fingerprints, train_arm
+
+    job = run[1].jobs[0]
+    cfg = config(run[0], **more)
+    return train_arm(asdict(replace(job, cfg=cfg, folder=str(to / "train/raw/seed0"), fingerprints=job_fingerprints(cfg, job.arm, job.seed, run[1].ready, []))))
+
+
 def test_a_repeated_run_is_the_same(run, tmp_path):
-    again(run, tmp_path, arms=["raw"])
+    alone(run, tmp_path)
     assert tensors(tmp_path) == tensors(run[0])
 
 
@@ -270,20 +274,19 @@ def test_checking_and_merging_from_the_command_line(run, tmp_path, capsys):
 
 def test_other_recipes_train(run, tmp_path):
     "Everything that is off by default, at once"
-    cfg = config(run[0], arms=["raw"], schedule="linear", grouped=True, precision="bf16", gradient_checkpointing=True, held_out=2, patience=5, checkpoint_every=1, adapter="dora")
-    for name in ("data", "enhance"):
-        shutil.copytree(run[0] / name, tmp_path / name)
-    result = train(TrainConfig(**{**cfg.to_dict(), "run": str(tmp_path), "data": str(tmp_path / "data")})).results[0]
+    result = alone(run, tmp_path, schedule="linear", grouped=True, precision="bf16", gradient_checkpointing=True, held_out=2, patience=5, checkpoint_every=1, adapter="dora")
     rows = read_jsonl(tmp_path / "train/raw/seed0/stage2/steps.jsonl")
     assert result["stage2"]["samples"] == 5 and all(math.isfinite(r["validation"]) for r in rows)
     assert read_json(tmp_path / "train/raw/seed0/adapter_config.json")["use_dora"]
 
 
 def test_a_changed_parameter_trains_again(run, tmp_path):
-    for name in ("parts", "data", "enhance", "train"):
-        shutil.copytree(run[0] / name, tmp_path / name)
-    cfg = config(run[0], arms=["raw"], lora_lr=1e-3)
-    train(TrainConfig(**{**cfg.to_dict(), "run": str(tmp_path), "data": str(tmp_path / "data")}))
+    from blip2mgm.train import job_fingerprints
+
+    job, ready = run[1].jobs[0], run[1].ready
+    now, other = (job_fingerprints(config(run[0], **more), job.arm, job.seed, ready, []) for more in ({}, dict(lora_lr=1e-3)))
+    assert now[1] == other[1] and now[2] != other[2], "stage 1 stands, stage 2 does not"
+    alone(run, tmp_path, lora_lr=1e-3)
     assert tensors(tmp_path) != tensors(run[0])
 
 
