@@ -1034,6 +1034,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'blip2mgm.train.base_of': ('train.html#base_of', 'blip2mgm/train.py'),
                                 'blip2mgm.train.begin_worker': ('train.html#begin_worker', 'blip2mgm/train.py'),
                                 'blip2mgm.train.check_adapter': ('train.html#check_adapter', 'blip2mgm/train.py'),
+                                'blip2mgm.train.check_first': ('train.html#check_first', 'blip2mgm/train.py'),
                                 'blip2mgm.train.conclusion': ('train.html#conclusion', 'blip2mgm/train.py'),
                                 'blip2mgm.train.data_table': ('train.html#data_table', 'blip2mgm/train.py'),
                                 'blip2mgm.train.events_of': ('train.html#events_of', 'blip2mgm/train.py'),
