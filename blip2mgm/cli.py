@@ -7,8 +7,8 @@ __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'conf
            'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
            'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
            'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
-           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_evaluate', 'do_clean',
-           'parser', 'main']
+           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_evaluate',
+           'do_check_adapter', 'do_merge_adapter', 'do_clean', 'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
 import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -416,6 +416,15 @@ def do_evaluate(args):
     print(show_table(model_rows(scores, root, out)) if scores else "this share is answered; other processes still owe theirs")
     print(f"answers, scores and result files: {show_path(out)}")
 
+def do_check_adapter(args):
+    from blip2mgm.train import check_adapter
+    print(check_adapter(args.folder))
+    print(f"\n{args.folder}: a sound adapter")
+
+def do_merge_adapter(args):
+    from blip2mgm.train import merge_adapter
+    print(f"merged into {show_path(merge_adapter(args.folder, args.to))}: `blip2mgm.mgm.load_original` reads it")
+
 def do_clean(args):
     run = resolve(_run_folder(args.run) or load_profile(args.profile)[0].cfg.run)
     print(f"removed {show_path(run)}" if clean_run(run, args.yes) else "nothing was removed")
@@ -477,6 +486,10 @@ def _add_commands(commands):
     trace = _command(commands, "trace", do_trace, "print the way of one row through the enhancement of a run", profile=False)
     trace.add_argument("id", help="the row's id, such as c000012")
     trace.add_argument("--run", default="runs/demo", metavar="DIR", help="the run folder (runs/demo)")
+    check = _command(commands, "check-adapter", do_check_adapter, "check a trained adapter: files, base weights, and that it answers as when it was trained", profile=False)
+    merge = _command(commands, "merge-adapter", do_merge_adapter, "merge a trained adapter with its base into one checkpoint in the original's layout", profile=False)
+    for c in (check, merge): c.add_argument("folder", type=Path, help="the adapter's folder, such as runs/demo/train/raw/seed0")
+    merge.add_argument("to", type=Path, help="a new folder for the checkpoint")
     lab = _command(commands, "lab", do_lab, "open the notebooks in JupyterLab, on this machine only", profile=False)
     lab.add_argument("extra", nargs="*", metavar="OPTION", help="passed on to JupyterLab; write -- before it: blip2mgm lab -- --no-browser")
     clean = _command(commands, "clean", do_clean, "remove a profile's run folder with all its results", run=True)

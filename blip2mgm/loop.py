@@ -64,12 +64,13 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") ->
 
 # %% ../nbs/06_loop.ipynb #06-loop-018
 def optimiser(model, cfg: TrainConfig, stage: int):
-    "AdamW without decay; in stage 2 adapter and projector have rates of their own."
+    "AdamW without decay; in stage 2 adapter and projector have rates of their own, and with LoRA+ the adapter's B matrices too."
     import torch
     from blip2mgm.adapters import part_of, trained
     projector_lr = cfg.stage1_lr if stage == 1 else cfg.projector_lr
     rate, groups = {"LoRA": cfg.lora_lr, "mining": projector_lr, "projector": projector_lr}, {}
-    for name, p in trained(model).items(): groups.setdefault(rate[part_of(name)], []).append(p)
+    faster = lambda name: 16 if cfg.adapter == "lora+" and "lora_B" in name else 1
+    for name, p in trained(model).items(): groups.setdefault(rate[part_of(name)]*faster(name), []).append(p)
     return torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.0)
 
 # %% ../nbs/06_loop.ipynb #06-loop-020

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, file_hash, inside, read_json, read_jsonl, read_yaml,
                            resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
 from .health import Finding, diagnose, findings_table, label_view, preflight
-from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, lr_factor, read_checkpoint
+from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, computing, lr_factor, read_checkpoint
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
 
 # %% auto #0
@@ -24,9 +24,10 @@ __all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig',
            'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of', 'planned',
            'hold_out', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker',
            'Worker', 'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
-           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'train', 'finish',
-           'load_trained', 'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd', 'results_table',
-           'data_table', 'conclusion', 'health_table', 'plot_signals']
+           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'check_first', 'train',
+           'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
+           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
+           'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -45,6 +46,7 @@ class TrainConfig(Config):
     stage1_lr: float = 2.0e-3  # of mining and projector in stage 1
     stage2_samples: int = 0  # instruction rows seen; 0: each once
     stage2_batch: int = 32  # instruction rows a step
+    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora or lora+
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale is alpha / r
     lora_dropout: float = 0.1  # share of its inputs dropped
@@ -75,7 +77,7 @@ def check(self: TrainConfig) -> None:
     for name in ("lora_dropout", "warmup"):
         if not 0 <= getattr(self, name) < 1: raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
     if not self.arms or len(set(self.arms)) < len(self.arms): raise ConfigError(f"arms must name at least one arm, each once: {self.arms}")
-    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"))
+    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=("lora", "rslora", "dora", "lora+"))
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
     for name in ("held_out", "patience"):
@@ -243,7 +245,7 @@ def stage2(job: Job, model) -> dict:
     from blip2mgm.adapters import attach, check_round_trip, save
     from blip2mgm.inputs import collate
     cfg = job.cfg
-    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed)
+    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     samples = run_stage(job, model, 2)
     last = steps_of(job, 2)[-1]
     facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps",
@@ -377,7 +379,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
 # %% ../nbs/30_train.ipynb #30-train-042
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike")
-STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
+STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
 
 def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, shared: list) -> dict[int, str]:
     "What decides the result of each stage: parameters, rows, features, code, packages."
@@ -443,6 +445,7 @@ class Trained:
     jobs: list[Job]
     results: list[dict]
     ready: Prepared
+    preflight: list[Finding]   # what was found before the training; empty if all was trained before
     def logs(self) -> dict: return logs_of(self.jobs)
 
 def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
@@ -452,6 +455,17 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     return out
 
 # %% ../nbs/30_train.ipynb #30-train-050
+def check_first(jobs: list[Job]) -> list[Finding]:
+    "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
+    from blip2mgm.adapters import attach
+    job = next((j for j in jobs if not is_done(j, 2)), None)
+    if job is None: return []
+    cfg, model = job.cfg, base_model(job.cfg)[0]
+    for p in model.parameters(): p.requires_grad_(False)
+    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
+
+# %% ../nbs/30_train.ipynb #30-train-051
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -465,20 +479,21 @@ def train(
         for k, aspect in ((1, "square"), (2, "pad")):
             ready.features[k] = str(make_features(cfg, stage.root, sorted(pictures[k]), aspect, stage.dir/"features"/aspect, pool))
         jobs = make_jobs(cfg, stage.dir, ready)
+        found = check_first(jobs)
         results = run_jobs(jobs, pool, total_steps(jobs, ready), draw)
-    if own: finish(stage, Trained(jobs, results, ready))
-    return Trained(jobs, results, ready)
+    if own: finish(stage, Trained(jobs, results, ready, found))
+    return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-052
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
-    files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "result.json",
+    files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
              "stage1/projector.safetensors", "stage1/steps.jsonl", "stage2/steps.jsonl")
     outputs = [Path(j.folder, f).relative_to(stage.dir) for j in trained.jobs for f in files]
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-054
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -496,7 +511,34 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-056
+def base_of(folder) -> tuple[Callable, Path]:
+    "A function that makes the base of a saved adapter afresh, and the folder of its parts."
+    said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
+    if not said or "base" not in said: raise UserError(f"{show_path(folder)} holds no config.json that names a base: it is not a trained adapter")
+    precision = dict(bfloat16="bf16", float16="fp16").get(said.get("torch_dtype"), "fp32")
+    cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
+    return (lambda: base_model(cfg)[0]), model_folder(cfg)
+
+# %% ../nbs/30_train.ipynb #30-train-057
+def check_adapter(folder) -> Table:
+    "All checks of a saved adapter; UserError at the first that fails."
+    from blip2mgm.adapters import check_folder
+    return show_table(check_folder(folder, base_of(folder)[0]))
+
+def merge_adapter(folder, to) -> Path:
+    "Base, adapter and projector as one checkpoint in the original's layout, with its tokenizer; the merged model is checked before."
+    import shutil
+    from blip2mgm.adapters import load, merge
+    from blip2mgm.mgm import save_original
+    check_adapter(folder)
+    base, parts = base_of(folder)
+    if Path(to).exists() and any(Path(to).iterdir()): raise UserError(f"{show_path(to)} is not empty: name a new folder")
+    save_original(merge(load(base(), folder)), to)
+    for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
+    return Path(to)
+
+# %% ../nbs/30_train.ipynb #30-train-059
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -506,7 +548,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-060
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -525,7 +567,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-061
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -540,7 +582,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-063
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -552,14 +594,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-065
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-063
+# %% ../nbs/30_train.ipynb #30-train-067
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -571,13 +613,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-068
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-065
+# %% ../nbs/30_train.ipynb #30-train-069
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -591,14 +633,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-078
+# %% ../nbs/30_train.ipynb #30-train-084
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-081
+# %% ../nbs/30_train.ipynb #30-train-087
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

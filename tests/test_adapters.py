@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip2mgm.adapters import attach, base_hash, check_round_trip, load, lora_layers, merge, reseed, save, trainable_table, trained
+from blip2mgm.adapters import KINDS, attach, base_hash, check_folder, check_round_trip, load, lora_layers, merge, reseed, save, trainable_table, trained
 from blip2mgm.core import UserError
 from blip2mgm.mgm import load_original
 
@@ -22,8 +22,8 @@ def base():
     return load_original(GOLDEN)
 
 
-def tuned(batch, seed=0, steps=2, dropout=0.1):
-    model = attach(base(), r=4, alpha=8, dropout=dropout, seed=seed).train()
+def tuned(batch, seed=0, steps=2, dropout=0.1, kind="lora"):
+    model = attach(base(), r=4, alpha=8, dropout=dropout, seed=seed, kind=kind).train()
     opt = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
     for step in range(steps):
         reseed(model, seed, step)
@@ -80,7 +80,7 @@ def test_training_is_repeatable(batch):
 
 def test_files(saved):
     _, folder = saved
-    assert {f.name for f in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md"}
+    assert {f.name for f in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors"}
     assert set(load_file(folder / "non_lora_trainables.safetensors")) == {n for n in load_file(GOLDEN / "weights.safetensors") if "vlm_uni" in n or "mm_projector" in n}
     assert "/tmp" not in "".join(f.read_text() for f in folder.iterdir() if f.suffix in (".json", ".md"))
 
@@ -163,6 +163,44 @@ def test_a_lost_projector_is_noticed(saved, tmp_path, batch):
     save_file({n: t + 0.1 for n, t in load_file(folder / "non_lora_trainables.safetensors").items()}, folder / "non_lora_trainables.safetensors")
     with pytest.raises(UserError, match="answers otherwise"):
         check_round_trip(saved[0], folder, base, batch)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "lora"])
+def test_other_kinds_go_the_same_way_round(batch, tmp_path, kind):
+    model = tuned(batch, kind=kind)
+    gaps = check_round_trip(model, save(model, tmp_path), base, batch)
+    assert gaps["reloaded"] == 0
+    assert len(check_folder(tmp_path, base)) == 5
+
+
+def test_an_adapter_in_the_original_s_layout(saved, tmp_path, batch):
+    "Names with the wrapper's prefix, targets as a list, a config that knows no fingerprint"
+    folder = copy(saved[1], tmp_path)
+    rest = {f"base_model.model.{n}": t for n, t in load_file(folder / "non_lora_trainables.safetensors").items()}
+    save_file(rest, folder / "non_lora_trainables.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": targets}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mgm_gemma"}))
+    with pytest.warns(UserWarning, match="taken on trust"), torch.no_grad():
+        assert torch.equal(load(base(), folder)(**batch).logits, saved[0](**batch).logits)
+
+
+def test_another_answer_than_when_trained_is_noticed(saved, tmp_path):
+    folder = copy(saved[1], tmp_path)
+    save_file({"logits": load_file(folder / "probe.safetensors")["logits"] + 0.1}, folder / "probe.safetensors")
+    with pytest.raises(UserError, match="answers otherwise than when it was trained"):
+        check_folder(folder, base)
+
+
+def test_full_size_has_252_adapter_tensors():
+    from blip2mgm.mgm import build
+
+    full = dict(vocab_size=256000, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256)
+    with torch.device("meta"):
+        model = attach(build(full))
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    assert len(names) == 252 and all(n.startswith("lm.") for n in names)
 
 
 def test_lean_training_equals_peft(batch):

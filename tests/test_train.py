@@ -68,13 +68,6 @@ def run(tmp_path_factory):
         yield folder, train(config(folder))
 
 
-def again(run, to, **more):
-    "The same run's inputs in another folder, trained there"
-    for name in ("parts", "data", "enhance"):
-        shutil.copytree(run[0] / name, to / name)
-    return train(config(to, **more))
-
-
 def tensors(folder, arm="raw", seed=0):
     return [(folder / "train" / arm / f"seed{seed}" / f).read_bytes() for f in ("adapter_model.safetensors", "non_lora_trainables.safetensors")]
 
@@ -135,7 +128,7 @@ def test_files(run):
     folder = run[0] / "train"
     for arm in ("raw", "random"):
         have = {str(f.relative_to(folder / arm / "seed0")) for f in (folder / arm / "seed0").rglob("*") if f.is_file()}
-        assert have == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "finetuning.log", "result.json",
+        assert have == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "finetuning.log", "result.json", "probe.safetensors",
                         "done.json", "stage1/steps.jsonl", "stage1/projector.safetensors", "stage1/done.json", "stage2/steps.jsonl"}
     assert read_json(folder / "record.json")["rows"]["left_out"] == {"raw": 0, "random": 0, "instructions": 1}
 
@@ -144,7 +137,8 @@ def test_step_log(run):
     for stage, n in ((1, 8), (2, 7)):
         rows = read_jsonl(run[0] / f"train/raw/seed0/stage{stage}/steps.jsonl")
         assert [r["step"] for r in rows] == [0, 1] and sum(r["samples"] for r in rows) == n
-        assert all(math.isfinite(r[k]) for r in rows for k in ("loss", "grad_norm", "lr", "tokens", "seconds"))
+        assert all(math.isfinite(r[k]) for r in rows for k in ("loss", "grad_norm", "lr", "tokens", "seconds", "largest_logit"))
+        assert all(r["update_ratio"][p] > 0 and r["grad_norms"][p] > 0 for r in rows[1:] for p in (["LoRA"] if stage == 2 else []) + ["mining", "projector"])
 
 
 def test_arms_begin_alike(run):
@@ -199,8 +193,19 @@ def test_a_second_call_trains_nothing(run):
     assert times() == before
 
 
+def alone(run, to, **more):
+    "The run's first job once more in this process, with other parameters, into another folder"
+    from dataclasses import asdict, replace
+
+    from blip2mgm.train import job_fingerprints, train_arm
+
+    job = run[1].jobs[0]
+    cfg = config(run[0], **more)
+    return train_arm(asdict(replace(job, cfg=cfg, folder=str(to / "train/raw/seed0"), fingerprints=job_fingerprints(cfg, job.arm, job.seed, run[1].ready, []))))
+
+
 def test_a_repeated_run_is_the_same(run, tmp_path):
-    again(run, tmp_path, arms=["raw"])
+    alone(run, tmp_path)
     assert tensors(tmp_path) == tensors(run[0])
 
 
@@ -220,11 +225,68 @@ def test_interrupted_after_stage_1(run, tmp_path):
     assert (place / "stage1/projector.safetensors").stat().st_mtime_ns == stage1
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_killed_inside_a_stage(run, tmp_path, steps, monkeypatch):
+    "Ended after the first or the third of four steps (two a stage), and taken up by a process that knows only the folder"
+    from dataclasses import asdict, replace
+
+    from blip2mgm import loop
+    from blip2mgm.train import train_arm
+
+    job = replace(run[1].jobs[0], cfg=config(run[0], checkpoint_every=1), folder=str(tmp_path / "train/raw/seed0"))
+    taken, step = [], loop.Run.step
+
+    def few(self):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(step(self))
+
+    with monkeypatch.context() as m:
+        m.setattr(loop.Run, "step", few)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(asdict(job))
+    left = [p.parent.name for p in tmp_path.rglob("checkpoint-*.safetensors")]
+    assert left and set(left) == {"stage1" if steps < 2 else "stage2"}
+    monkeypatch.setattr(loop.Run, "step", lambda self: (taken.append(step(self))))
+    train_arm(asdict(job))
+    assert len(taken) == 4, "no step was taken twice"
+    assert tensors(tmp_path) == tensors(run[0]) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_checking_and_merging_from_the_command_line(run, tmp_path, capsys):
+    import torch
+
+    from blip2mgm.cli import main
+    from blip2mgm.mgm import load_original
+
+    folder = run[0] / "train/raw/seed0"
+    assert main(["check-adapter", str(folder)]) == 0 and "a sound adapter" in capsys.readouterr().out
+    assert main(["merge-adapter", str(folder), str(tmp_path / "one")]) == 0
+    ids = dict(input_ids=torch.tensor([[2, 7, 5, 9]]))
+    with torch.no_grad():
+        gap = (load_original(tmp_path / "one")(**ids).logits - load_trained(run[0], "raw", 0)[0](**ids).logits).abs().max()
+    assert gap <= 1e-4 and (tmp_path / "one/tokenizer.json").is_file()
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken/non_lora_trainables.safetensors").unlink()
+    assert main(["check-adapter", str(tmp_path / "broken")]) == 2 and "no non_lora_trainables" in capsys.readouterr().err
+    assert main(["merge-adapter", str(folder), str(tmp_path / "one")]) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_other_recipes_train(run, tmp_path):
+    "Everything that is off by default, at once"
+    result = alone(run, tmp_path, schedule="linear", grouped=True, precision="bf16", gradient_checkpointing=True, held_out=2, patience=5, checkpoint_every=1, adapter="dora")
+    rows = read_jsonl(tmp_path / "train/raw/seed0/stage2/steps.jsonl")
+    assert result["stage2"]["samples"] == 5 and all(math.isfinite(r["validation"]) for r in rows)
+    assert read_json(tmp_path / "train/raw/seed0/adapter_config.json")["use_dora"]
+
+
 def test_a_changed_parameter_trains_again(run, tmp_path):
-    for name in ("parts", "data", "enhance", "train"):
-        shutil.copytree(run[0] / name, tmp_path / name)
-    cfg = config(run[0], arms=["raw"], lora_lr=1e-3)
-    train(TrainConfig(**{**cfg.to_dict(), "run": str(tmp_path), "data": str(tmp_path / "data")}))
+    from blip2mgm.train import job_fingerprints
+
+    job, ready = run[1].jobs[0], run[1].ready
+    now, other = (job_fingerprints(config(run[0], **more), job.arm, job.seed, ready, []) for more in ({}, dict(lora_lr=1e-3)))
+    assert now[1] == other[1] and now[2] != other[2], "stage 1 stands, stage 2 does not"
+    alone(run, tmp_path, lora_lr=1e-3)
     assert tensors(tmp_path) != tensors(run[0])
 
 
