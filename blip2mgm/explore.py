@@ -279,7 +279,7 @@ def plot_gallery(found: Exploration, columns: int = 6, names: Iterable[str] = tu
 
 def _thumbnail(im, side: int = 96):
     from PIL import ImageOps
-    return ImageOps.pad(im, (side, side), color="white").quantize(48).convert("RGB")   # few colours: a notebook keeps these for ever
+    return ImageOps.pad(im, (side, side), color="white")
 
 # %% ../nbs/10_explore.ipynb #10-explore-030
 def plot_alike(
