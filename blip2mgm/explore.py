@@ -17,9 +17,10 @@ from .lexical import FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus
 from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, held_out_sets, rows_at
 
 # %% auto #0
-__all__ = ['DEPTHS', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'share_interval', 'mean_interval',
-           'measures', 'diversity_table', 'leakage_table', 'panels', 'plot_lengths', 'plot_words', 'plot_images',
-           'plot_saturation', 'plot_flags', 'picture_of', 'plot_gallery', 'plot_alike', 'conclusion', 'preview']
+__all__ = ['DEPTHS', 'PICTURE_UNITS', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'share_interval',
+           'mean_interval', 'measures', 'diversity_table', 'leakage_table', 'panels', 'plot_lengths', 'plot_words',
+           'plot_images', 'plot_saturation', 'plot_flags', 'picture_of', 'plot_gallery', 'plot_alike', 'conclusion',
+           'preview']
 
 # %% ../nbs/10_explore.ipynb #10-explore-005
 DEPTHS = ("full", "shape", "text")
@@ -64,39 +65,55 @@ def mean_interval(stats: dict, of: int) -> tuple[float, float]:
     return stats["mean"] - half, stats["mean"] + half
 
 # %% ../nbs/10_explore.ipynb #10-explore-010
-def _pm(stats: dict, digits: int = 2) -> str:
-    return f"{stats['mean']:,.{digits}f} ± {stats['sd']:,.{digits}f}" if stats.get("n") else "none"
-
 def measures(a: dict) -> list[dict]:
     "Rows of the table of measures; ± is the standard deviation, brackets a 95% interval."
     c, i, of = a["captions"], a["images"], (a["sample"] or {}).get("of")
-    doubt = lambda share: " [{:.1%}, {:.1%}]".format(*share_interval(share, a["rows"]["in"], of)) if of else ""
-    about = lambda stats, digits=2: _pm(stats, digits) + (" [{:,.{d}f}, {:,.{d}f}]".format(*mean_interval(stats, of), d=digits) if of and stats.get("n") else "")
-    percent = lambda share: f"{share:.1%}{doubt(share)}"
-    rows = [("rows accepted", f"{a['rows']['accepted']:,} of {a['rows']['in']:,}" + (f", a sample of {of:,}" if of else "")),
-        *((f"{k} complete", percent(v)) for k, v in a["complete"].items()), *((f"{k} a caption", about(c[k])) for k in ("words", "characters", "sentences")),
-        ("different words", f"{c['types']:,} of {c['tokens']:,}"), ("different captions (case and punctuation aside)", f"{c['unique_captions']:.1%}"),
-        *((f"{name.replace('_', ' ')} ({rule})", percent(c[name])) for name, rule in RULES.items()),
-        (f"captions much like another (words overlap by {a['similar_captions']['overlap']:.0%})", f"{a['similar_captions']['alike']:,}"),
-        (f"pictures much like another file's ({a['similar_pictures']['bits']} bits)", f"{a['similar_pictures']['alike']:,} of {a['similar_pictures']['files']:,}"),
-        *((f"{k}, {unit}", about(i[k], 0)) for k, unit in (("width", "pixels"), ("height", "pixels"), ("bytes", "to the nearest 100"), ("brightness", "0 to 255"), ("sharpness", "variance"))),
-        ("formats", ", ".join(f"{k} {v:.1%}" for k, v in i["formats"].items())), ("modes", ", ".join(f"{k} {v:.1%}" for k, v in i["modes"].items())),
-        ("shorter side", ", ".join(f"{k} {v:.1%}" for k, v in i["sizes"].items()))]
-    return [{"measure": name, "value": value} for name, value in rows]
-
-def diversity_table(a: dict) -> list[dict]:
-    "Rows of the table of diversity: each measure at its number of words, with a 95% interval."
-    rows = [{"measure": f"{name}: {MEASURES[name]}", "value": d and round(d["value"], 3), "95% interval": d and f"{d['low']:.3f} to {d['high']:.3f}", "words a block": d and d["budget"],
-             "blocks": d and d["blocks"]} for name, d in a["captions"]["diversity"].items()]
-    return [*rows, {"measure": "type/token ratio of the whole: falls as rows are added, so not for comparing", "value": round(a["captions"]["type_token_ratio"], 4)}]
+    percent = lambda share: f"{share:.1%}{_doubt(share, a['rows']['in'], of)}"
+    shares = lambda counts: ", ".join(f"{name} {share:.1%}" for name, share in counts.items())
+    rows = {"rows accepted": f"{a['rows']['accepted']:,} of {a['rows']['in']:,}" + (f", a sample of {of:,}" if of else "")}
+    rows |= {f"{name} complete": percent(share) for name, share in a["complete"].items()}
+    rows |= {f"{name} a caption": _about(c[name], of) for name in ("words", "characters", "sentences")}
+    rows |= {"different words": f"{c['types']:,} of {c['tokens']:,}", "different captions (case and punctuation aside)": f"{c['unique_captions']:.1%}"}
+    rows |= {f"{name.replace('_', ' ')} ({rule})": percent(c[name]) for name, rule in RULES.items()}
+    rows |= _similar_rows(a)
+    rows |= {f"{name}, {unit}": _about(i[name], of, 0) for name, unit in PICTURE_UNITS.items()}
+    rows |= {"formats": shares(i["formats"]), "modes": shares(i["modes"]), "shorter side": shares(i["sizes"])}
+    return [{"measure": name, "value": value} for name, value in rows.items()]
 
 # %% ../nbs/10_explore.ipynb #10-explore-011
+PICTURE_UNITS = {"width": "pixels", "height": "pixels", "bytes": "to the nearest 100", "brightness": "0 to 255", "sharpness": "variance"}
+
+def _doubt(share: float, n: int, of: int | None) -> str:
+    "The interval of a share where only a sample was looked at."
+    return " [{:.1%}, {:.1%}]".format(*share_interval(share, n, of)) if of else ""
+
+def _about(stats: dict, of: int | None, digits: int = 2) -> str:
+    "Mean and standard deviation, with the interval of the mean where only a sample was looked at."
+    if not stats.get("n"): return "none"
+    shown = f"{stats['mean']:,.{digits}f} ± {stats['sd']:,.{digits}f}"
+    return shown + (" [{:,.{d}f}, {:,.{d}f}]".format(*mean_interval(stats, of), d=digits) if of else "")
+
+def _similar_rows(a: dict) -> dict[str, str]:
+    "The rows about near-duplicates."
+    captions, pictures = a["similar_captions"], a["similar_pictures"]
+    return {f"captions much like another (words overlap by {captions['overlap']:.0%})": f"{captions['alike']:,}",
+            f"pictures much like another file's ({pictures['bits']} bits)": f"{pictures['alike']:,} of {pictures['files']:,}"}
+
+# %% ../nbs/10_explore.ipynb #10-explore-012
+def diversity_table(a: dict) -> list[dict]:
+    "Rows of the table of diversity: each measure at its number of words, with a 95% interval."
+    row = lambda name, d: {"measure": f"{name}: {MEASURES[name]}", **(
+        {"value": round(d["value"], 3), "95% interval": f"{d['low']:.3f} to {d['high']:.3f}", "words a block": d["budget"], "blocks": d["blocks"]} if d else {"value": None})}
+    plain = {"measure": "type/token ratio of the whole: falls as rows are added, so not for comparing", "value": round(a["captions"]["type_token_ratio"], 4)}
+    return [*(row(name, d) for name, d in a["captions"]["diversity"].items()), plain]
+
+# %% ../nbs/10_explore.ipynb #10-explore-013
 def leakage_table(a: dict) -> list[dict]:
     "Rows of the table of what evaluation sets share with training."
     return [{"evaluation set": name, "pictures": x["pictures"], "much like a training picture": x["pictures_seen"], "questions": x["questions"],
              "much like a training caption": x["questions_seen"]} for name, x in a["leakage"].items()]
 
-# %% ../nbs/10_explore.ipynb #10-explore-013
+# %% ../nbs/10_explore.ipynb #10-explore-015
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#9aa0a6"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
          "font.size": 9, "axes.titlesize": 10, "legend.frameon": False, "figure.dpi": 80}
@@ -108,7 +125,7 @@ def panels(columns: int, width: float = 9, height: float = 3, rows: int = 1, **k
     plt.close(fig)
     return fig, axs.flatten()
 
-# %% ../nbs/10_explore.ipynb #10-explore-014
+# %% ../nbs/10_explore.ipynb #10-explore-016
 def _reach(counts: Counter, share: float) -> int:
     "The value up to which at least `share` of all lie; 1 if there are none."
     seen, wanted = 0, share * counts.total()
@@ -119,16 +136,25 @@ def _reach(counts: Counter, share: float) -> int:
 
 def _histogram(ax, counts: Counter, below: int, unit: str):
     "Bars of how often each value occurs, those under `below` in the warning colour, the mean as a line; the last bar gathers the longest 2%."
-    n, top = counts.total(), 1.2 * max(_reach(counts, 0.98), 1) if counts else 1
+    top = 1.2 * max(_reach(counts, 0.98), 1)
     step, bars = max(1, round(top / 40)), Counter()
     for value, times in counts.items(): bars[int(min(value, top)) // step * step] += times
-    ax.bar(bars.keys(), bars.values(), width=0.9 * step, align="edge", color=[ORANGE if k < below else BLUE for k in bars])
-    mean, more = sum(v * k for v, k in counts.items()) / max(n, 1), f", last bar: {max(bars)} and more" if max(counts, default=0) > top else ""
+    colors = [ORANGE if value < below else BLUE for value in bars]
+    ax.bar([value + (step - 1) / 2 for value in bars], bars.values(), width=0.9 * step, color=colors)   # over the middle of the values in it
+    mean = sum(value * times for value, times in counts.items()) / max(counts.total(), 1)
+    more = f", last bar: {max(bars)} and more" if max(counts, default=0) > top else ""
     ax.axvline(mean, color="black", lw=1, ls="--")
     ax.set(xlabel=f"{unit} (orange: fewer than {below}{more})", ylabel="captions", title=f"{unit}: {mean:.1f} on average (dashed)")
+    return _whole_numbers(ax)
+
+def _whole_numbers(ax):
+    "Ticks of counts: whole numbers with commas."
+    from matplotlib.ticker import MaxNLocator
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     return ax
 
+# %% ../nbs/10_explore.ipynb #10-explore-017
 def plot_lengths(corpus: Corpus):
     "Words and characters a caption, as a figure."
     fig, axs = panels(2)
@@ -136,7 +162,7 @@ def plot_lengths(corpus: Corpus):
     _histogram(axs[1], corpus.characters, MIN_CHARACTERS, "characters a caption")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-017
+# %% ../nbs/10_explore.ipynb #10-explore-020
 FUNCTION_WORDS = set("a an the this that these those and or but not no of in on at to from for by with as is are was were be been it its there "
                      "here into over under up out he she they we you i his her their your my some any each all more most for".split())
 
@@ -151,15 +177,16 @@ def _bars(ax, counts: list[tuple[str, int]], title: str):
     ax.grid(axis="y", visible=False)
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-018
+# %% ../nbs/10_explore.ipynb #10-explore-021
 def plot_words(corpus: Corpus, top: int = 30):
     "The most frequent words and pairs of words, the boilerplate phrases, and frequency against rank, as a figure."
     import numpy as np
     fig, axs = panels(4, width=11, height=max(3, 0.14 * top))
+    plain = lambda counts: [(name.replace("$", r"\$"), int(times)) for name, times in counts]   # no formula to the chart program
     order = np.argsort(-corpus.counts, kind="stable")
     counts = corpus.counts[order][corpus.counts[order] > 0]
-    _bars(axs[0], [(corpus.vocabulary.words[i].replace("$", r"\$"), int(corpus.counts[i])) for i in order[:min(top, len(counts))]], "words (grey: function words)")
-    _bars(axs[1], [(k.replace("$", r"\$"), n) for k, n in corpus.top_grams(2, top)["most_frequent"]], "pairs of words")
+    _bars(axs[0], plain((corpus.vocabulary.words[i], corpus.counts[i]) for i in order[:min(top, len(counts))]), "words (grey: function words)")
+    _bars(axs[1], plain(corpus.top_grams(2, top)["most_frequent"]), "pairs of words")
     phrases = corpus.phrases.most_common(15)
     _bars(axs[2], phrases, "boilerplate phrases") if phrases else axs[2].set_title("no boilerplate phrases")
     at = np.unique(np.geomspace(1, max(len(counts), 1), 200).astype(int)) - 1
@@ -167,31 +194,39 @@ def plot_words(corpus: Corpus, top: int = 30):
     axs[3].set(xlabel="rank", ylabel="times", title="frequency by rank")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-020
+# %% ../nbs/10_explore.ipynb #10-explore-023
 def plot_images(pictures: Pictures):
     "Widths against heights, shorter sides, size classes by format, brightness and sharpness, as a figure."
     fig, axs = panels(5 if pictures.brightness else 3, width=13 if pictures.brightness else 9)
-    places = pictures.places.most_common()
-    axs[0].scatter([20 * x + 10 for (x, _), _ in places], [20 * y + 10 for (_, y), _ in places], s=14, c=[n for _, n in places], cmap="Blues", vmin=-0.3 * max((n for _, n in places), default=1), lw=0, marker="s")
-    axs[0].set(xlabel="width, pixels", ylabel="height, pixels", title="sizes (darker: more)", xlim=(0, None), ylim=(0, None))
-    for line in (axs[0].axvline, axs[0].axhline): line(SIZES["medium"], color=ORANGE, lw=1, ls="--")
+    _plot_sizes(axs[0], pictures)
     _bins(axs[1], pictures.shorter, "shorter side, pixels (line: 224)", "shorter side")
     axs[1].axvline(SIZES["medium"], color=ORANGE, lw=1, ls="--")
     kinds = pictures.kinds.most_common(8)
-    axs[2].bar_label(axs[2].barh([f"{size}, {format}" for (size, format), _ in kinds], [n for _, n in kinds], color=BLUE, height=0.5), fmt="{:,.0f}", padding=3)
+    bars = axs[2].barh([f"{size}, {format}" for (size, format), _ in kinds], [n for _, n in kinds], color=BLUE, height=0.5)
+    axs[2].bar_label(bars, fmt="{:,.0f}", padding=3)
     axs[2].set(xlabel="pictures", title="size class and format", xlim=(0, 1.35 * max((n for _, n in kinds), default=1)))
     axs[2].locator_params(axis="x", nbins=3)
-    if pictures.brightness: _bins(axs[3], pictures.brightness, "mean grey, 0 to 255", "brightness"); _bins(axs[4], pictures.sharpness, "variance of the Laplacian", "sharpness")
+    if pictures.brightness:
+        _bins(axs[3], pictures.brightness, "mean grey, 0 to 255", "brightness")
+        _bins(axs[4], pictures.sharpness, "variance of the Laplacian", "sharpness")
     return fig
+
+# %% ../nbs/10_explore.ipynb #10-explore-024
+def _plot_sizes(ax, pictures: Pictures):
+    "Widths against heights in squares of 20 pixels, with lines at the filter's 224."
+    places = pictures.places.most_common()
+    xs, ys, times = [20 * x + 10 for (x, _), _ in places], [20 * y + 10 for (_, y), _ in places], [n for _, n in places]
+    ax.scatter(xs, ys, s=14, c=times, cmap="Blues", vmin=-0.3 * max(times, default=1), lw=0, marker="s")
+    ax.set(xlabel="width, pixels", ylabel="height, pixels", title="sizes (darker: more)", xlim=(0, None), ylim=(0, None))
+    for line in (ax.axvline, ax.axhline): line(SIZES["medium"], color=ORANGE, lw=1, ls="--")
 
 def _bins(ax, counts: Counter, xlabel: str, title: str):
     "How often values occur, in 40 bars, those beyond the highest 1% left out."
     ax.hist(list(counts), bins=40, range=(0, max(_reach(counts, 0.99), 1)), weights=list(counts.values()), color=BLUE)
     ax.set(xlabel=xlabel, ylabel="pictures", title=title)
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    return ax
+    return _whole_numbers(ax)
 
-# %% ../nbs/10_explore.ipynb #10-explore-022
+# %% ../nbs/10_explore.ipynb #10-explore-026
 def plot_saturation(curves: dict[str, list[tuple[int, float]]]):
     "Different words against words, a curve a set: sets compare where both have points."
     fig, (ax,) = panels(1, width=4.6)
@@ -204,16 +239,16 @@ def plot_saturation(curves: dict[str, list[tuple[int, float]]]):
 def plot_flags(a: dict):
     "The share of captions with each flag, with its interval where only a sample was looked at."
     fig, (ax,) = panels(1, width=4.6)
-    of, shares = (a["sample"] or {}).get("of"), [a["captions"][name] for name in FLAGS]
-    bounds = [share_interval(s, a["rows"]["in"], of or 0) for s in shares]
-    error = [[max(0, s - low) for s, (low, _) in zip(shares, bounds)], [max(0, high - s) for s, (_, high) in zip(shares, bounds)]]
-    bars = ax.barh([name.replace("_", " ") for name in FLAGS], [100 * s for s in shares], color=ORANGE, height=0.55, xerr=[[100 * e for e in side] for side in error] if of else None)
+    of, shares = (a["sample"] or {}).get("of"), [100 * a["captions"][name] for name in FLAGS]
+    bounds = [[100 * bound for bound in share_interval(share / 100, a["rows"]["in"], of or 0)] for share in shares]
+    error = [[max(0, share - low) for share, (low, _) in zip(shares, bounds)], [max(0, high - share) for share, (_, high) in zip(shares, bounds)]]
+    bars = ax.barh([name.replace("_", " ") for name in FLAGS], shares, color=ORANGE, height=0.55, xerr=error if of else None)
     ax.bar_label(bars, fmt="{:.1f}%", padding=3)
-    ax.set(xlabel="% of accepted captions", title="quality flags", xlim=(0, max(1, 125 * max(shares, default=0))))
+    ax.set(xlabel="% of accepted captions", title="quality flags", xlim=(0, max(1, 1.25 * max(shares, default=0))))
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-025
+# %% ../nbs/10_explore.ipynb #10-explore-029
 def picture_of(raw: str, root: str | Path):
     "The first picture of a row given as JSON; None if it cannot be shown."
     row = json.loads(raw)
@@ -231,56 +266,72 @@ def _label(caption: str, width: int = 24, lines: int = 4) -> str:
 
 def plot_gallery(found: Exploration, columns: int = 6, names: Iterable[str] = tuple(SHOWN)):
     "Rows of each kind, picture and caption, a kind a line, as a figure."
-    names = [name for name in names if found.shown[name] and name not in ("darkest", "brightest", "blurred", "odd shape") or found.shown[name] and found.pictures.brightness]
-    fig, axs = panels(columns, width=1.7 * columns, rows=max(1, len(names)), height=2.25 * max(1, len(names)))
+    names = [name for name in names if found.shown[name]]
+    fig, axs = panels(columns, width=1.3 * columns, rows=max(1, len(names)), height=1.8 * max(1, len(names)))
     for ax in axs: ax.axis("off")
     for k, name in enumerate(names):
         for j, (_, _, caption, raw) in enumerate(found.shown[name][:columns]):
-            ax, im = axs[k * columns + j], picture_of(raw, found.root)
-            if im: ax.imshow(_thumbnail(im))
-            ax.set_title((f"{name.replace('_', ' ').upper()}\n" if j == 0 else "\n") + _label(caption), fontsize=7, loc="left", va="bottom", pad=3)
+            ax = axs[k * columns + j]
+            if im := picture_of(raw, found.root): ax.imshow(_thumbnail(im))
+            heading = name.replace("_", " ").upper() if j == 0 else ""
+            ax.set_title(f"{heading}\n{_label(caption)}", fontsize=6, loc="left", va="bottom", pad=3)
     return fig
 
-def _thumbnail(im, side: int = 150):
+def _thumbnail(im, side: int = 96):
     from PIL import ImageOps
     return ImageOps.pad(im, (side, side), color="white")
 
-# %% ../nbs/10_explore.ipynb #10-explore-026
-def plot_alike(source: str | Path, root: str | Path, pairs: list[tuple[int, int, int]], picked=None, n: int = 6):
+# %% ../nbs/10_explore.ipynb #10-explore-030
+def plot_alike(
+    source: str | Path,
+    root: str | Path,
+    pairs: list[tuple[int, int, int]],  # two rows and their distance in bits
+    picked=None,  # where the rows are a sample: their places among all
+    n: int = 6,
+):
     "Pairs of pictures that look alike, one above the other, with their distance in bits."
     import random
-    pairs = sorted(random.Random(0).sample(pairs, min(n, len(pairs))), key=lambda p: p[2])
+    pairs = sorted(random.Random(0).sample(pairs, min(n, len(pairs))), key=lambda pair: pair[2])
     place = (lambda i: picked[i]) if picked is not None else (lambda i: i)
     raws = rows_at(source, {place(i) for pair in pairs for i in pair[:2]})
-    fig, axs = panels(max(n, 1), width=1.7 * n, rows=2, height=3.6)
+    fig, axs = panels(max(n, 1), width=1.3 * n, rows=2, height=2.8)
     for ax in axs: ax.axis("off")
     for k, (a, b, bits) in enumerate(pairs):
         for ax, i in ((axs[k], a), (axs[n + k], b)):
             if im := picture_of(raws[place(i)], root): ax.imshow(_thumbnail(im))
-        axs[k].set_title(f"{bits} bits apart", fontsize=8)
+        axs[k].set_title(f"{bits} bits apart", fontsize=7)
     if not pairs: axs[0].text(0, 0.5, "no two files look alike")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-028
+# %% ../nbs/10_explore.ipynb #10-explore-032
 def conclusion(a: dict) -> list[str]:
     "What the numbers say, in sentences."
-    c, i, r = a["captions"], a["images"], a["rows"]
-    refused = ", ".join(f"{n:,} {name}" for name, n in a["rejected_by"].items())
+    r, refused = a["rows"], ", ".join(f"{n:,} {name}" for name, n in a["rejected_by"].items())
     out = [f"Of {r['in']:,} rows, {r['accepted']:,} are sound" + (f"; {r['rejected']:,} were refused ({refused})." if refused else " and none was refused.")]
-    if a["sample"]: out += [f"These rows are a sample of {a['sample']['of']:,}; brackets in the tables say what it can tell of the whole. Near-duplicates across the whole are more than in a sample."]
+    if a["sample"]: out += [f"These rows are a sample of {a['sample']['of']:,}; brackets in the tables say what it can tell of the whole. Near-duplicates "
+                            "across the whole are more than in a sample."]
     if not r["accepted"]: return out + ["There is nothing to measure."]
-    out += [f"A caption has {c['words']['mean']:.1f} words on average; {c['too_short']:.1%} are too short by the study's rule ({a['rules']['too_short']}).",
-            f"{c['boilerplate']:.1%} of captions carry a phrase that speaks of the picture's trade, and {1 - c['unique_captions']:.1%} repeat another caption word for word."]
-    if fair := c["diversity"]["distinct_1"]:
-        out += [f"Of {fair['budget']:,} words {fair['value']:.0%} are different (95% interval {fair['low']:.1%} to {fair['high']:.1%}); compare other captions at this "
-                f"same number of words, not by the plain type/token ratio of {c['type_token_ratio']:.4f}, which falls as rows are added."]
+    out += _of_captions(a["captions"], a["rules"]["too_short"]) + _of_pictures(a["images"], a["similar_pictures"])
+    return out + [f"Of the {x['pictures']:,} pictures of {name}, {x['pictures_seen']:,} look like a training picture; of its {x['questions']:,} questions "
+                  f"with answer, {x['questions_seen']:,} read like a training caption." for name, x in a["leakage"].items()]
+
+def _of_captions(c: dict, rule: str) -> list[str]:
+    "What the captions are like."
+    out = [f"A caption has {c['words']['mean']:.1f} words on average; {c['too_short']:.1%} are too short by the study's rule ({rule}).",
+           f"{c['boilerplate']:.1%} of captions carry a phrase that speaks of the picture's trade, and {1 - c['unique_captions']:.1%} repeat another caption word for word."]
+    if not (fair := c["diversity"]["distinct_1"]): return out
+    return out + [f"Of {fair['budget']:,} words {fair['value']:.0%} are different (95% interval {fair['low']:.1%} to {fair['high']:.1%}); compare other captions "
+                  f"at this same number of words, not by the plain type/token ratio of {c['type_token_ratio']:.4f}, which falls as rows are added."]
+
+def _of_pictures(i: dict, alike: dict) -> list[str]:
+    "What the pictures are like, as far as they were looked at."
+    out = []
     if i["pictures"]: out += [f"Pictures measure {i['width']['mean']:.0f} x {i['height']['mean']:.0f} pixels on average; {i['sizes'].get('small', 0):.1%} are below "
                               f"{SIZES['medium']} pixels on the shorter side and will be filtered by the study's recipe."]
-    if (s := a["similar_pictures"])["files"]: out += [f"{s['alike']:,} of {s['files']:,} picture files look like another one (fingerprints within {s['bits']} bits), in {s['groups']:,} groups."]
-    return out + [f"Of the {x['pictures']:,} pictures of {name}, {x['pictures_seen']:,} look like a training picture; of its {x['questions']:,} questions with answer, {x['questions_seen']:,} read like a "
-                  "training caption." for name, x in a["leakage"].items()]
+    if alike["files"]: out += [f"{alike['alike']:,} of {alike['files']:,} picture files look like another one (fingerprints within {alike['bits']} bits), in {alike['groups']:,} groups."]
+    return out
 
-# %% ../nbs/10_explore.ipynb #10-explore-030
+# %% ../nbs/10_explore.ipynb #10-explore-034
 def preview(path: str | Path, root: str | Path | None = None, depth: str = "full", sample: int = 0, workers: int = 0, top: int = 15) -> str:
     "What there is to say of a data set, as text. Image paths are taken from `root`: the folder of the file, if not given."
     path = Path(path).expanduser()

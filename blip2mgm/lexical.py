@@ -302,6 +302,7 @@ class Corpus:
         self.vocabulary, self.file, self.captions = vocabulary or _Vocabulary(), tempfile.TemporaryFile(prefix="words"), 0
         self.telling, self.counts = np.zeros(1, bool), np.zeros(1, np.int64)   # of each word: may it belong to a stock phrase; how often it occurs
         self.lengths, self.hashes, self.growth = [], [], [(0, 0)]   # words and fingerprint of each caption; tokens and types as they grew
+        self.offsets = np.zeros(1, np.int64)   # see `_offsets`
         self.words, self.characters, self.sentences, self.flags, self.phrases = Counter(), Counter(), Counter(), Counter(), Counter()
     def _learn(self):
         "Says of the new words what they are."
@@ -408,7 +409,10 @@ def _lengths(self: Corpus):
 def _offsets(self: Corpus):
     "Where each caption's words begin in the file; one more than there are captions."
     import numpy as np
-    return np.append(0, _lengths(self).cumsum(dtype=np.int64))
+    if len(self.offsets) != self.captions + 1:
+        self.offsets = np.zeros(self.captions + 1, np.int64)
+        np.cumsum(_lengths(self), out=self.offsets[1:])
+    return self.offsets
 
 def _slices(self: Corpus, captions: int = 20_000) -> Iterator[tuple]:
     "The words of some captions at a time, with the number of the caption that each is in."
@@ -625,8 +629,8 @@ def neighbours(keys, batch: int = 1 << 17) -> Iterator[tuple]:
     import numpy as np
     line = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
     line.sort()
-    same = np.flatnonzero(line[1:] >> np.uint64(32) == line[:-1] >> np.uint64(32)).astype(np.uint32) + np.uint32(1)
-    rows = line.astype(np.uint32)   # the lower half
+    rows, keys = np.moveaxis(line.astype("<u8", copy=False).view("<u4").reshape(-1, 2), 1, 0)   # its halves, without a copy
+    same = np.flatnonzero(keys[1:] == keys[:-1]).astype(np.uint32) + np.uint32(1)
     first = np.arange(len(keys), dtype=np.uint32)
     first[same] = 0
     first = np.maximum.accumulate(first)[same]

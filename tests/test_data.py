@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from blip2mgm.core import UserError
-from blip2mgm.data import (caption_of, count_images, decode, gate, header, iter_gate, iter_json, iter_rows, open_picture, read_dj, read_llava, save_gate,
-                           strict_pillow, text_of, write_dj, write_llava, write_parquet)
+from blip2mgm.data import (Bad, caption_of, count_images, count_parquet, decode, gate, header, iter_gate, iter_json, iter_rows, open_picture, parse_line,
+                           plain_rows, read_dj, read_llava, save_gate, strict_pillow, text_of, write_dj, write_llava, write_parquet)
 
 
 def picture(format="JPEG", size=(40, 30), mode="RGB", **kw):
@@ -329,3 +329,61 @@ def test_shards_of_a_folder(root, tmp_path):
 def test_header_says_what_the_whole_file_says():
     with strict_pillow():
         for name, data in GOOD.items(): assert header(data)[:5] == decode(data)[:5], name
+
+
+def test_pages_and_ends(tmp_path):
+    "A later page cut short is found; what follows a GIF's end is nobody's loss; a bomb in a text chunk is refused."
+    im = Image.effect_noise((40, 30), 60).convert("RGB")
+    def saved(format, **kw):
+        buffer = io.BytesIO()
+        im.save(buffer, format, **kw)
+        return buffer.getvalue()
+    pages, gif = saved("TIFF", save_all=True, append_images=[im]), saved("GIF")
+    for data in (pages, gif, gif + b"x" * 3000): decode(data)
+    for data in (pages[:-200], gif[:-1], saved("MPO", save_all=True, append_images=[im])[:-20]):
+        with pytest.raises(Bad, match="truncated"): decode(data)
+
+
+@pytest.mark.parametrize("name, text, n", [
+    ("two.json", '[{"id": 1}] [{"id": 2}]', 1), ("more.json", '{"data": [{"id": 1}], "note": {}} x', 1), ("none.json", "{}", 0)])
+def test_nothing_is_left_unread_after_a_list(tmp_path, name, text, n):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError): list(iter_json(tmp_path / name))
+
+
+def test_lines_and_values_have_a_greatest_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip2mgm.data.LONGEST", 1000)
+    (tmp_path / "a.jsonl").write_text('{"id": "a"}\n{"id": "' + "x" * 5000 + '"}\n\n{"id": "b"}')
+    rows = list(iter_rows(tmp_path / "a.jsonl"))
+    assert [problem.split(":")[0] for _, problem in rows] == ["", "line too long", ""] and len(rows[1][0]["raw"]) < 1100
+
+
+def test_numbers_without_end_are_no_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "n": 1e999}\n{"id": "b", "n": 1e300}')
+    assert [bool(problem) for _, problem in iter_rows(tmp_path / "a.jsonl")] == [True, False]
+
+
+def test_values_of_a_table_as_json_knows_them(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    table = {"id": ["a"], "text": [text_of("a bus")], "images": [["a.png"]], "score": [float("nan")], "when": pa.array([0], pa.timestamp("s"))}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    [row] = gate(tmp_path / "a.parquet", tmp_path).accepted
+    assert row["score"] is None and row["when"].startswith("1970-01-01")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match="whole Parquet"): count_parquet(tmp_path / "cut.parquet")
+
+
+def test_plain_rows_say_what_the_strict_reader_says():
+    "Arrow may only be quicker: whatever it takes, the strict reader takes too, and reads the same in it."
+    rng = random.Random(0)
+    pieces = ['{', '}', '[', ']', '"', ':', ',', '"id"', '"text"', '"images"', '"a"', '"a.jpg"', ': "b"', 'null', 'NaN', '1', '1e999', ' ', '\\u0041', '\\ud800', 'é', '\x01']
+    good = '{"id": "a", "text": "a bus", "images": ["a.jpg"]}'
+    def broken():
+        line = list(good)
+        for _ in range(rng.randrange(4)): line[(at := rng.randrange(len(line))):at + rng.randrange(2)] = rng.choice(pieces)
+        return "".join(line).strip().encode() or b"{"
+    lines = [broken() for _ in range(800)]
+    found = plain_rows(lines, least=1)
+    for line, row in zip(lines, found):
+        if row: assert parse_line(line, 1)[0] is not None and tuple(parse_line(line, 1)[0].get(k) for k in ("id", "text", "images")) == row
+    assert sum(map(bool, found)) > 100

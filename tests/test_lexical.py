@@ -1,10 +1,11 @@
 "Word statistics: hand-computed cases, and diversity that does not depend on the size of the set."
 import random
+from collections import Counter
 from statistics import fmean
 
 import pytest
 
-from blip2mgm.lexical import (all_words, boilerplate, common_budget, describe, diversity, frequencies, length_stats, mattr, ngrams, too_short, ttr,
+from blip2mgm.lexical import (_slices, all_words, boilerplate, common_budget, corpus_of, describe, diversity, frequencies, length_stats, mattr, mtld, ngrams, too_short, ttr,
                               words)
 
 
@@ -62,3 +63,46 @@ def test_describe():
     assert d["captions"] == 300 and d["diversity"]["distinct_1"]["blocks"] >= 20 and 0 < d["diversity"]["distinct_2"]["value"] <= 1
     empty = describe([])
     assert empty["captions"] == empty["tokens"] == empty["too_short"] == 0 and empty["diversity"]["distinct_1"] is None
+
+
+def test_a_corpus_takes_captions_apart_as_the_pattern_does():
+    rng = random.Random(3)
+    signs = "abc ABC .,!?\u2026\u3002'\u2019-_\x00\x1d\x1e\n\t\x85\xa0\xe9\xdf\u0130\u0131\u03a3\u65e5\uff10\xb2\u2603\U0001f642\U0001d400\U00020000\u0301\u200b\ud800$\xa9 12"
+    captions = ["".join(rng.choices(signs, k=rng.choice([0, 1, 3, 20, 90]))) for _ in range(2000)] + ["word " * 30_000, "x" * 100_000]
+    corpus, ids = corpus_of(captions), []
+    plain = [words(c.replace("\x1e", " ")) for c in captions]
+    for some, _ in _slices(corpus): ids += some.tolist()
+    assert [corpus.vocabulary.words[i] for i in ids] == [w for caption in plain for w in caption]
+    assert corpus.words == Counter(map(len, plain)) and corpus.characters == Counter(map(len, captions))
+
+
+def test_signs_of_all_planes():
+    seen = corpus_of([]).add(["\U0001d400\U0001d401 \U0001d402", "\xa0\xa0", "\u65e5\u672c", "abc d", "ABC D"])
+    assert seen["non_latin"].tolist() == [True, False, True, False, False] and seen["ocr_like"].tolist() == [True, False, False, False, True]
+
+
+def test_mtld_is_its_definition():
+    rng = random.Random(2)
+    for n in (1, 5, 200):
+        tokens, lengths = rng.choices("abcdefghij", k=n), []
+        for order in (tokens, tokens[::-1]):
+            factors, types, at = 0, set(), 0
+            for token in order:
+                types.add(token)
+                at += 1
+                if len(types) <= 0.72 * at: factors, types, at = factors + 1, set(), 0
+            if at: factors += (1 - len(types) / at) / (1 - 0.72)
+            lengths.append(n / factors if factors else n)
+        assert mtld(tokens) == pytest.approx(fmean(lengths))
+
+
+def test_near_duplicates_against_all_pairs():
+    rng, lexicon = random.Random(4), [f"w{i}" for i in range(500)]
+    captions = [rng.choices(lexicon, k=10) for _ in range(300)]
+    captions += [c[:9] + [rng.choice(lexicon)] for c in captions[:100]]
+    corpus = corpus_of(" ".join(c) for c in captions)
+    groups, sets = corpus.near_duplicates(0.8), [set(c) for c in captions]
+    pairs = [(i, j) for i in range(400) for j in range(i) if len(sets[i] & sets[j]) >= 0.8 * len(sets[i] | sets[j])]
+    assert len(pairs) > 80 and sum(groups[i] == groups[j] for i, j in pairs) >= 0.95 * len(pairs)
+    assert len(set(groups.tolist())) >= 400 - len(pairs)
+    assert corpus.top_grams(2, room=50) == {**corpus.top_grams(2), "most_frequent": corpus.top_grams(2, room=50)["most_frequent"]}
