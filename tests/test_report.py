@@ -65,7 +65,7 @@ def run(tmp_path_factory):
             for stage in (1, 2):
                 write_jsonl(run / f"train/{arm}/seed{seed}/stage{stage}/steps.jsonl", [{"step": i, "loss": 3 / (i + 1), "grad_norm": 1.0, "samples": 8, "seconds": i / 2} for i in range(20)])
     keep_record(run, "train", ["enhance"])
-    asked, scores = ask_about(root, EvaluateConfig(run=str(run))), []
+    asked, scores = ask_about(root, EvaluateConfig(run=str(run), tasks=["textvqa", "mmbench"])), []
     for arm, rate in RATES.items():
         for seed in seeds_of(arm):
             rng = random.Random(f"{arm} {seed}")
