@@ -15,7 +15,7 @@ from .core import code_closure, code_hash, read_json, write_json
 __all__ = ['ENGINE', 'prepare', 'see', 'look_now', 'look_up', 'weights_hash', 'encode_pictures', 'keep_features', 'read_pictures',
            'rows_of', 'Reply', 'letter_ids', 'continue_greedily', 'Row', 'ask_each', 'ask', 'engine_hash']
 
-# %% ../nbs/072_asking.ipynb #072-asking-005
+# %% ../nbs/072_asking.ipynb #072-asking-006
 def prepare(data: bytes | Path, size: int) -> tuple:
     "The model's input for one picture and '', or None and why it cannot be read."
     from blip2mgm.data import open_picture
@@ -33,7 +33,7 @@ def see(model, pictures: list, threads: int = 2) -> tuple:
     pixels = [x for x, _ in ready if x is not None]
     return (model.vision_features(images_aux=torch.stack(pixels)) if pixels else None), failed
 
-# %% ../nbs/072_asking.ipynb #072-asking-007
+# %% ../nbs/072_asking.ipynb #072-asking-008
 def look_now(model, pictures: dict[str, bytes | Path]):
     "A function from names to (features, {name: why it failed}) that looks at the pictures when they are asked about."
     def look(names: list[str]):
@@ -49,7 +49,7 @@ def look_up(store):
         return (store(good) if good else None), {n: failed[n] for n in names if n in failed}
     return look
 
-# %% ../nbs/072_asking.ipynb #072-asking-008
+# %% ../nbs/072_asking.ipynb #072-asking-009
 def weights_hash(*modules) -> str:
     "Fingerprint of the weights of some modules."
     h = hashlib.sha256()
@@ -71,7 +71,7 @@ def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple
         seen |= {n: [f.clip[j].numpy(), *(a[j].numpy() for a in f.aux)] for j, n in enumerate(good)}
     return seen, failed
 
-# %% ../nbs/072_asking.ipynb #072-asking-009
+# %% ../nbs/072_asking.ipynb #072-asking-010
 def keep_features(model, pictures: dict[str, bytes], folder: Path) -> dict:
     "Computes the features of `pictures` into `folder` unless they are there; returns what features.json says."
     import numpy as np
@@ -86,7 +86,7 @@ def keep_features(model, pictures: dict[str, bytes], folder: Path) -> dict:
     write_json(about, dict(fingerprint=fingerprint, aspect="pad", arrays=names if seen else [], pictures=list(seen), failed=failed))
     return read_json(about)
 
-# %% ../nbs/072_asking.ipynb #072-asking-013
+# %% ../nbs/072_asking.ipynb #072-asking-014
 def read_pictures(model, before: list[int], tokens):
     "The language model's cache after the text `before` and the image tokens [N, P, D]."
     import torch
@@ -101,7 +101,7 @@ def rows_of(cache, rows):
     for i, layer in enumerate(cache.layers): out.update(layer.keys[rows], layer.values[rows], i)
     return out
 
-# %% ../nbs/072_asking.ipynb #072-asking-014
+# %% ../nbs/072_asking.ipynb #072-asking-015
 @dataclass
 class Reply:
     "What came back for one question."
@@ -120,7 +120,7 @@ def _note(replies: list[Reply], alive: list[int], logits, stops: set[int]) -> li
         else: replies[row].ids.append(token)
     return [i for i, row in enumerate(alive) if not (replies[row].ended or replies[row].failed)]
 
-# %% ../nbs/072_asking.ipynb #072-asking-016
+# %% ../nbs/072_asking.ipynb #072-asking-017
 def letter_ids(tokenizer) -> dict[str, int]:
     "The token that an option's letter is."
     from blip2mgm.mgm import text_ids
@@ -132,7 +132,7 @@ def _weigh(replies: list[Reply], logits, letters: list[str], ids: dict[str, int]
     p = logits.float().softmax(-1)
     for reply, mine, row in zip(replies, letters, p): reply.options = {c: round(row[ids[c]].item(), 5) for c in mine}
 
-# %% ../nbs/072_asking.ipynb #072-asking-017
+# %% ../nbs/072_asking.ipynb #072-asking-018
 def continue_greedily(
     model,                           # MGM
     cache,                           # what was read before, one row per question; used up
@@ -160,7 +160,7 @@ def continue_greedily(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return replies
 
-# %% ../nbs/072_asking.ipynb #072-asking-019
+# %% ../nbs/072_asking.ipynb #072-asking-020
 @dataclass(frozen=True)
 class Row:
     "One question on its way through the model."
@@ -181,7 +181,7 @@ def _rows(questions: list[tuple], tokenizer) -> list[Row]:
         out.append(Row(i, -1, tuple(ids[:max(cut, 0)]), ids[cut + 1:], letters[0] if letters else ""))
     return out
 
-# %% ../nbs/072_asking.ipynb #072-asking-020
+# %% ../nbs/072_asking.ipynb #072-asking-021
 def _batches(model, tokenizer, tokens, rows: list[Row], batch_size: int, max_new_tokens: int) -> Iterator[list]:
     "Answers to rows about the pictures in `tokens` (None: no pictures), a batch at a time, as (position, reply)."
     from blip2mgm.mgm import stop_ids
@@ -196,7 +196,7 @@ def _batches(model, tokenizer, tokens, rows: list[Row], batch_size: int, max_new
             replies = continue_greedily(model, cache, [r.after for r in batch], max_new_tokens, stops, [r.letters for r in batch], ids)
             yield [(r.position, reply) for r, reply in zip(batch, replies)]
 
-# %% ../nbs/072_asking.ipynb #072-asking-021
+# %% ../nbs/072_asking.ipynb #072-asking-022
 def ask_each(
     model, tokenizer,
     questions: list[tuple],            # prompt without <image>, name of its picture (None: asked blind), letters of its options
@@ -220,13 +220,13 @@ def ask_each(
             good = [replace(r, picture=place[questions[r.position][1]]) for r in here if questions[r.position][1] in place]
             if good: yield from _batches(model, tokenizer, model.image_tokens(seen.to(model.device)), good, batch_size, max_new_tokens)
 
-# %% ../nbs/072_asking.ipynb #072-asking-022
+# %% ../nbs/072_asking.ipynb #072-asking-023
 def ask(model, tokenizer, questions: list[tuple], look, batch_size: int = 64, max_new_tokens: int = 128) -> list[Reply]:
     "The model's answers, in the order of the questions."
     replies = dict(r for batch in ask_each(model, tokenizer, questions, look, batch_size, max_new_tokens) for r in batch)
     return [replies[i] for i in range(len(questions))]
 
-# %% ../nbs/072_asking.ipynb #072-asking-028
+# %% ../nbs/072_asking.ipynb #072-asking-029
 ENGINE = ("asking", "mgm", "adapters", "models")
 
 def engine_hash() -> str:

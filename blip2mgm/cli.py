@@ -202,7 +202,7 @@ def duration(seconds:float) -> str:
 def progress_line(p:dict) -> str:
     "Step, count and time left"
     count = f"{p['done']:,}" + (f" of {p['total']:,}" if p.get("total") else "")
-    return f"{p.get('step') or 'working'}: {count}" + (f", about {duration(p['left'])} left" if p.get("left") else "")
+    return f"{p.get('step') or 'working'}: {count}" + (f", {p['note']}" if p.get("note") else "") + (f", about {duration(p['left'])} left" if p.get("left") else "")
 
 # %% ../nbs/80_cli.ipynb #80-cli-039
 class Watch(threading.Thread):

@@ -366,11 +366,12 @@ def show_table(rows) -> Table:
 # %% ../nbs/00_core.ipynb #00-core-073
 class _Line:
     "One line under a notebook cell; its last form tells only how many were done"
+    note = ""
     def __init__(self, desc, total):
         from IPython.display import display
         self.desc, self.total, self.last = desc, total, time.monotonic()
         self.handle = display({"text/plain": self.text(0)}, raw=True, display_id=True)
-    def text(self, done): return f"{self.desc}: {done:,}" + (f" of {self.total:,}" if self.total else "")
+    def text(self, done): return f"{self.desc}: {done:,}" + (f" of {self.total:,}" if self.total else "") + (f", {self.note}" if self.note else "")
     def show(self, done, end=False):
         if not end and time.monotonic() - self.last < 0.3: return
         self.last = time.monotonic()
@@ -379,11 +380,12 @@ class _Line:
 # %% ../nbs/00_core.ipynb #00-core-074
 class _Bar:
     "tqdm's bar, for terminals"
+    note = ""
     def __init__(self, desc, total):
         from tqdm import tqdm
-        self.desc, self.bar = desc, tqdm(total=total, desc=desc, leave=False)
+        self.bar = tqdm(total=total, desc=desc, leave=False)
     def show(self, done, end=False):
-        self.bar.set_description(self.desc, refresh=False)
+        self.bar.set_postfix_str(self.note, refresh=False)
         self.bar.update(done - self.bar.n)
         if end: self.bar.close()
 
@@ -392,12 +394,13 @@ _progress = {"stage": None}
 
 class _File:
     "Writes how far a loop is to the file the command line watches, at most twice a second"
+    note = ""
     def __init__(self, desc, total): self.desc, self.total, self.start, self.last = desc, total, time.monotonic(), -9.0
     def show(self, done, end=False):
         now = time.monotonic()
         if now - self.last < 0.5 and not end: return
         self.last, left = now, (now - self.start) / done * (self.total - done) if done and self.total else None
-        now = {"step": self.desc, "done": done, "total": self.total, "left": left}
+        now = {"step": self.desc, "done": done, "total": self.total, "left": left} | ({"note": self.note} if self.note else {})
         write_json(os.environ["BLIP2MGM_PROGRESS"], _progress | now)
 
 # %% ../nbs/00_core.ipynb #00-core-077
@@ -422,7 +425,7 @@ def track(
             yield item
             done += 1
             for v in views:
-                if note: v.desc = f"{desc} ({note()})"
+                v.note = note() if note else ""
                 v.show(done)
     finally:
         for v in views: v.show(done, end=True)

@@ -15,7 +15,7 @@ from .core import UserError, file_hash, read_json, read_yaml, resolve, show_path
 __all__ = ['ADAPTER_FILES', 'FORMS', 'MGMAnswerer', 'mgm_identity', 'parts_identity', 'trained_files', 'open_trained',
            'open_adapter', 'open_original', 'HubAnswerer', 'hub_replies', 'open_hub', 'open_model']
 
-# %% ../nbs/074_models.ipynb #074-models-005
+# %% ../nbs/074_models.ipynb #074-models-006
 def _hash(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 @dataclass
@@ -34,7 +34,7 @@ class MGMAnswerer:
         "What was said; None if it failed."
         return None if reply.failed else self.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
 
-# %% ../nbs/074_models.ipynb #074-models-006
+# %% ../nbs/074_models.ipynb #074-models-007
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors")
 
 def mgm_identity(base: str, adapter_files: list[Path], tokenizer_folder: Path, sizes: Path) -> dict:
@@ -47,7 +47,7 @@ def parts_identity(folder: Path, base: str, adapter_files: list[Path]) -> dict:
     "The same for a model made of a folder with gemma, clip and convnext."
     return mgm_identity(base, adapter_files, folder/"gemma", folder/"clip"/"config.json")
 
-# %% ../nbs/074_models.ipynb #074-models-007
+# %% ../nbs/074_models.ipynb #074-models-008
 def trained_files(place: Path, stage: int = 2) -> list[Path]:
     "The files that a trained arm and seed differs by from its base."
     return [place/n for n in ADAPTER_FILES] if stage == 2 else [place/"stage1"/"projector.safetensors"]
@@ -67,7 +67,7 @@ def open_trained(
     identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage))
     return MGMAnswerer(f"{arm}/seed{seed}", merge(model) if stage == 2 else model, tokenizer, identity)
 
-# %% ../nbs/074_models.ipynb #074-models-008
+# %% ../nbs/074_models.ipynb #074-models-009
 def open_adapter(folder: Path) -> MGMAnswerer:
     "An adapter folder as `adapters.save` writes it, on the base that it names."
     from blip2mgm.adapters import load, merge
@@ -80,17 +80,25 @@ def open_adapter(folder: Path) -> MGMAnswerer:
     model = merge(load(model, folder))
     return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, parts_identity(base, tree_hash(base), trained_files(folder)))
 
+def _tokenizer(folder: Path):
+    "The folder's tokenizer, without transformers' warning that it does not know the model beside it."
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: return AutoTokenizer.from_pretrained(folder)
+    finally: logging.set_verbosity(before)
+
 def open_original(folder: Path, device: str = "cpu", dtype: str = "float32") -> MGMAnswerer:
     "A merged or published MGM: config.json, safetensors with the original names, and a tokenizer."
     import torch
-    from transformers import AutoTokenizer
     from blip2mgm.mgm import load_original, weight_files
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer.model")): raise UserError(f"{show_path(folder)} holds no tokenizer (tokenizer.json): copy it from the model's base")
     model = load_original(folder, getattr(torch, dtype), device)
     identity = mgm_identity(_hash([file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype), [], folder, folder/"config.json")
-    return MGMAnswerer(folder.name, model, AutoTokenizer.from_pretrained(folder), identity)
+    return MGMAnswerer(folder.name, model, _tokenizer(folder), identity)
 
-# %% ../nbs/074_models.ipynb #074-models-012
+# %% ../nbs/074_models.ipynb #074-models-013
 FORMS = {"blip-2": "Question: {} Answer:"}      # by model_type; others: the prompt alone
 
 class HubAnswerer:
@@ -112,7 +120,7 @@ class HubAnswerer:
     def text(self, reply: Reply) -> str | None:
         return None if reply.failed else self.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
 
-# %% ../nbs/074_models.ipynb #074-models-013
+# %% ../nbs/074_models.ipynb #074-models-014
 def hub_replies(self, questions: list[tuple], pictures: dict, batch_size: int = 16, max_new_tokens: int = 128, look=None) -> Iterator[list]:
     "Answers to (prompt, name of picture or None, letters) in batches of (position, reply)."
     for blind in (True, False):
@@ -128,7 +136,7 @@ def _open(pictures: dict, name: str | None):
 
 HubAnswerer.replies = hub_replies
 
-# %% ../nbs/074_models.ipynb #074-models-014
+# %% ../nbs/074_models.ipynb #074-models-015
 def _hub_batch(m: HubAnswerer, rows: list[tuple], pictures: dict, max_new_tokens: int) -> list[tuple[int, Reply]]:
     "The replies to rows of (position, prompt, picture, letters), with pictures or all without."
     import torch
@@ -149,7 +157,7 @@ def _reply(ids: list[int], m: HubAnswerer) -> Reply:
     end = next((i for i, t in enumerate(ids) if t in stops), None)
     return Reply([t for t in ids[:end] if t != m.tokenizer.pad_token_id], ended=end is not None)
 
-# %% ../nbs/074_models.ipynb #074-models-015
+# %% ../nbs/074_models.ipynb #074-models-016
 def open_hub(name: str, device: str = "cpu", dtype: str = "float32") -> HubAnswerer:
     "An image-text-to-text model from a transformers folder or from the hub."
     import torch
@@ -166,7 +174,7 @@ def open_hub(name: str, device: str = "cpu", dtype: str = "float32") -> HubAnswe
     words = [file_hash(f) for f in sorted(folder.glob("*.json"))] if folder.is_dir() else version
     return HubAnswerer(folder.name, model, processor, dict(weights=weights, adapter=None, processor=_hash(words, FORMS), engine=engine_hash()))
 
-# %% ../nbs/074_models.ipynb #074-models-019
+# %% ../nbs/074_models.ipynb #074-models-020
 def open_model(
     name: str,                 # a folder, or the id of a model on the hub
     device: str = "cpu",
