@@ -123,7 +123,7 @@ def _note(replies: list[Reply], alive: list[int], logits, stops: set[int]) -> li
 # %% ../nbs/072_asking.ipynb #072-asking-017
 def letter_ids(tokenizer) -> dict[str, int]:
     "The token that an option's letter is."
-    from blip2mgm.mgm import text_ids
+    from blip2mgm.inputs import text_ids
     return {c: text_ids(c, tokenizer)[-1] for c in "ABCD"}
 
 def _weigh(replies: list[Reply], logits, letters: list[str], ids: dict[str, int]) -> None:

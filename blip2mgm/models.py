@@ -92,7 +92,8 @@ def _tokenizer(folder: Path):
 def open_original(folder: Path, device: str = "cpu", dtype: str = "float32") -> MGMAnswerer:
     "A merged or published MGM: config.json, safetensors with the original names, and a tokenizer."
     import torch
-    from blip2mgm.mgm import load_original, weight_files
+    from blip2mgm.mgm import load_original
+    from blip2mgm.published import weight_files
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer.model")): raise UserError(f"{show_path(folder)} holds no tokenizer (tokenizer.json): copy it from the model's base")
     model = load_original(folder, getattr(torch, dtype), device)
     identity = mgm_identity(_hash([file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype), [], folder, folder/"config.json")
