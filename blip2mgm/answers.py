@@ -4,23 +4,18 @@
 
 # %% ../nbs/073_answers.ipynb #073-answers-002
 from __future__ import annotations
-import hashlib, json, os
+import json, os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Sequence
 from .asking import Reply
-from .core import file_hash, read_json, write_json, write_jsonl
+from .core import digest, file_hash, write_json, write_jsonl
 from .tasks import Question, mark, summarise, task_of
 
 # %% auto #0
-__all__ = ['digest', 'decoding', 'answer_key', 'seal', 'Item', 'stored_row', 'Store', 'append', 'share', 'place_of', 'answer_row',
+__all__ = ['decoding', 'answer_key', 'seal', 'Item', 'stored_row', 'Store', 'append', 'share', 'place_of', 'answer_row',
            'keep_answers', 'told']
 
 # %% ../nbs/073_answers.ipynb #073-answers-005
-def digest(thing) -> str:
-    "A short hash of anything that JSON can say."
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
-
 def decoding(max_new_tokens: int) -> dict:
     "How answers are decoded. The size of batches is not part of it: it must not change answers."
     return dict(method="greedy", max_new_tokens=max_new_tokens)
@@ -32,12 +27,12 @@ def answer_key(
     how: dict,                 # see `decoding`
 ) -> str:
     "What an answer is kept under."
-    return digest([model["weights"], model["adapter"], model["processor"], model["engine"], picture, prompt, how])
+    return digest([model["weights"], model["adapter"], model["processor"], model["engine"], picture, prompt, how], 16)
 
 # %% ../nbs/073_answers.ipynb #073-answers-008
 def seal(key: str, text: str, metadata: dict) -> str:
     "Shows whether key, text or fate of an answer were touched."
-    return digest([key, text, metadata["truncated"], metadata.get("failed", "")])
+    return digest([key, text, metadata["truncated"], metadata.get("failed", "")], 16)
 
 @dataclass(frozen=True)
 class Item:
@@ -52,11 +47,11 @@ class Item:
 def stored_row(item: Item, text: str | None, reply: Reply, model: dict, name: str, how: dict) -> dict:
     "The line of the store for one answer."
     meta = dict(key=item.key, task=item.task, **{k: model[k] for k in ("weights", "adapter", "processor", "engine")}, picture=item.picture,
-                prompt=digest(item.prompt), decoding=how, tokens=len(reply.ids), truncated=not (reply.ended or reply.failed))
+                prompt=digest(item.prompt, 16), decoding=how, tokens=len(reply.ids), truncated=not (reply.ended or reply.failed))
     if reply.failed: meta["failed"] = reply.failed
     if reply.options: meta["options"] = reply.options
     meta["seal"] = seal(item.key, text or "", meta)
-    return dict(question_id=item.question_id, prompt=item.prompt, text=text or "", answer_id=digest([item.key, item.task, item.question_id]), model_id=name, metadata=meta)
+    return dict(question_id=item.question_id, prompt=item.prompt, text=text or "", answer_id=digest([item.key, item.task, item.question_id], 16), model_id=name, metadata=meta)
 
 # %% ../nbs/073_answers.ipynb #073-answers-010
 class Store:
@@ -125,9 +120,9 @@ def answer_row(q: Question, text: str | None, reply: Reply, m: dict, about: dict
     extra = dict(image_id=q.image_id, unit=m["unit"], kind=q.kind, **q.extra, score=m["score"], outcome=m["outcome"], read=m["read"], truncated=not (reply.ended or reply.failed))
     if reply.failed: extra["failed"] = reply.failed
     if reply.options: extra["options"] = reply.options
-    answer_id = digest([about.get("weights"), about.get("adapter"), about["task"], q.id, q.prompt, reply.failed])
+    answer_id = digest([about.get("weights"), about.get("adapter"), about["task"], q.id, q.prompt, reply.failed], 16)
     who = f"{about['arm']}/seed{about['seed']}" if "arm" in about else about.get("model", "")
-    return dict(question_id=q.id, prompt=q.prompt, text=text or "", answer_id=answer_id, model_id=who, metadata=about | dict(prompt=digest(q.prompt)) | extra)
+    return dict(question_id=q.id, prompt=q.prompt, text=text or "", answer_id=answer_id, model_id=who, metadata=about | dict(prompt=digest(q.prompt, 16)) | extra)
 
 # %% ../nbs/073_answers.ipynb #073-answers-020
 def keep_answers(

@@ -4,16 +4,16 @@
 
 # %% ../nbs/072_asking.ipynb #072-asking-002
 from __future__ import annotations
-import ast, hashlib, json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
-from .core import code_closure, code_hash, read_json, write_json
+from .core import code_closure, code_hash, digest, read_json, write_json
+from .loop import content_hash
 
 # %% auto #0
-__all__ = ['ENGINE', 'prepare', 'see', 'look_now', 'look_up', 'weights_hash', 'encode_pictures', 'keep_features', 'read_pictures',
-           'rows_of', 'Reply', 'letter_ids', 'continue_greedily', 'Row', 'ask_each', 'ask', 'engine_hash']
+__all__ = ['ENGINE', 'prepare', 'see', 'look_now', 'look_up', 'encode_pictures', 'keep_features', 'read_pictures', 'rows_of',
+           'Reply', 'letter_ids', 'continue_greedily', 'Row', 'ask_each', 'ask', 'engine_hash']
 
 # %% ../nbs/072_asking.ipynb #072-asking-006
 def prepare(data: bytes | Path, size: int) -> tuple:
@@ -50,13 +50,6 @@ def look_up(store):
     return look
 
 # %% ../nbs/072_asking.ipynb #072-asking-009
-def weights_hash(*modules) -> str:
-    "Fingerprint of the weights of some modules."
-    h = hashlib.sha256()
-    for name, t in sorted((f"{i}.{n}", t) for i, m in enumerate(modules) for n, t in m.state_dict().items()):
-        h.update(name.encode()), h.update(t.detach().contiguous().cpu().numpy().tobytes())
-    return h.hexdigest()
-
 def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple[dict, dict[str, str]]:
     "Features by name as 16-bit arrays, {name: [clip, map, map, ...]}, and the reason for each picture that failed."
     import torch
@@ -75,8 +68,9 @@ def encode_pictures(model, pictures: dict[str, bytes], batch: int = 32) -> tuple
 def keep_features(model, pictures: dict[str, bytes], folder: Path) -> dict:
     "Computes the features of `pictures` into `folder` unless they are there; returns what features.json says."
     import numpy as np
-    decides = [weights_hash(model.clip, model.convnext), code_hash("mgm"), sorted(pictures)]
-    fingerprint, about = hashlib.sha256(json.dumps(decides).encode()).hexdigest(), folder/"features.json"
+    frozen = {f"{part}.{name}": t for part in ("clip", "convnext") for name, t in getattr(model, part).state_dict().items()}
+    decides = [content_hash(frozen), code_hash("mgm"), sorted(pictures)]
+    fingerprint, about = digest(decides), folder/"features.json"
     if about.is_file() and read_json(about)["fingerprint"] == fingerprint: return read_json(about)
     about.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,11 +221,11 @@ def ask(model, tokenizer, questions: list[tuple], look, batch_size: int = 64, ma
     return [replies[i] for i in range(len(questions))]
 
 # %% ../nbs/072_asking.ipynb #072-asking-029
-ENGINE = ("asking", "mgm", "adapters", "models")
+ENGINE = ("asking", "mgm", "inputs", "language", "vision", "published", "adapters", "models")
 
 def engine_hash() -> str:
     "Fingerprint of the code that turns a picture and a prompt into an answer."
     from blip2mgm.core import versions
-    trees = {name: tree for module in ENGINE for name, tree in code_closure(module).items() if name in ENGINE}
+    code = {name: code_closure(name)[name] for name in ENGINE}
     packages = {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}
-    return hashlib.sha256(json.dumps([{n: ast.unparse(t) for n, t in sorted(trees.items())}, packages]).encode()).hexdigest()[:16]
+    return digest([code, packages], 16)

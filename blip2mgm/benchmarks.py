@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Config, ConfigError, UserError, resolve, show_path, show_table, write_json, write_text
+from .core import Config, ConfigError, UserError, write_text
 
 # %% auto #0
 __all__ = ['RECIPE', 'OURS', 'TRAINING', 'ANSWERING', 'WAYS', 'BenchmarksConfig', 'shrunk', 'make_rows', 'Cost', 'cost',

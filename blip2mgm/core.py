@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANNOTATIONS', 'PACKAGES', 'UserError', 'ConfigError', 'nearest', 'kind_name', 'as_kind', 'Config', 'read_yaml',
            'project_root', 'resolve', 'show_path', 'weights_dir', 'inside', 'atomic_path', 'write_text', 'write_json',
-           'write_jsonl', 'read_json', 'read_jsonl', 'file_hash', 'files_of', 'tree_hash', 'data_fingerprint',
+           'write_jsonl', 'read_json', 'read_jsonl', 'digest', 'file_hash', 'files_of', 'tree_hash', 'data_fingerprint',
            'code_closure', 'code_hash', 'seed_everything', 'set_threads', 'Table', 'show_table', 'track', 'data_root',
            'data_hash', 'notebook_of', 'notebook_hash', 'fingerprint', 'versions', 'machine', 'peak_memory', 'Stage',
            'record_of', 'result_hash', 'output_hashes', 'stale']
@@ -248,9 +248,9 @@ def read_jsonl(path) -> list:
     return [_parse(line, f"{show_path(path)}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../nbs/00_core.ipynb #00-core-050
-def _digest(obj) -> str:
-    "Fingerprint of a value"
-    return hashlib.sha256(json.dumps(_plain_json(obj), sort_keys=True).encode()).hexdigest()
+def digest(obj, n:int=64) -> str:
+    "Fingerprint of a value that JSON can hold: the first `n` hexadecimal digits of its SHA-256"
+    return hashlib.sha256(json.dumps(_plain_json(obj), sort_keys=True).encode()).hexdigest()[:n]
 
 def file_hash(path) -> str:
     "SHA-256 of a file's content"
@@ -270,7 +270,7 @@ def tree_hash(paths) -> str:
     "One hash over the content and the names (relative to the folder they share) of files and folders"
     found = files_of(paths)
     base = os.path.commonpath([f.parent for f in found]) if found else "."
-    return _digest([[f.relative_to(base).as_posix(), file_hash(f)] for f in found])
+    return digest([[f.relative_to(base).as_posix(), file_hash(f)] for f in found])
 
 # %% ../nbs/00_core.ipynb #00-core-054
 ANNOTATIONS = {".json", ".jsonl", ".tsv", ".csv", ".yaml", ".yml", ".txt", ".parquet"}
@@ -283,7 +283,7 @@ def data_fingerprint(root) -> str|None:
     "Fingerprint of a data folder, None if it is not there"
     root = Path(root)
     if (root/"world.json").is_file(): return file_hash(root/"world.json")
-    return _digest([_entry(f, root) for f in files_of(root)]) if root.is_dir() else None
+    return digest([_entry(f, root) for f in files_of(root)]) if root.is_dir() else None
 
 # %% ../nbs/00_core.ipynb #00-core-057
 def _imports(tree) -> set[str]:
@@ -298,23 +298,26 @@ def _imports(tree) -> set[str]:
 
 # %% ../nbs/00_core.ipynb #00-core-059
 @lru_cache(maxsize=None)
-def _tree(path, stamp): return ast.parse(Path(path).read_text(encoding="utf-8"))
+def _read_code(path, stamp) -> tuple[str, set[str]]:
+    "A module without comments and layout, and what it imports from this package"
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return ast.unparse(tree), _imports(tree)
 
-def code_closure(module:str) -> dict:
-    "Syntax trees by name: the module and all modules of this package it imports, directly or not"
+def code_closure(module:str) -> dict[str, str]:
+    "Code by name: of the module and of all modules of this package it imports, directly or not"
     folder = Path(importlib.util.find_spec("blip2mgm").origin).parent
     todo, found = [module.removeprefix("blip2mgm.")], {}
     while todo:
         path = folder/f"{(name := todo.pop())}.py"
         if name in found or not path.is_file(): continue
-        found[name] = _tree(path, path.stat().st_mtime_ns)
-        todo += _imports(found[name])
+        found[name], imported = _read_code(path, path.stat().st_mtime_ns)
+        todo += imported
     return found
 
 # %% ../nbs/00_core.ipynb #00-core-061
 def code_hash(module:str) -> str:
     "Fingerprint of a module and of all it imports from this package; comments and layout don't count"
-    return _digest({name: ast.unparse(tree) for name, tree in code_closure(module).items()})
+    return digest(code_closure(module))
 
 # %% ../nbs/00_core.ipynb #00-core-064
 def seed_everything(seed:int):
@@ -455,7 +458,7 @@ def notebook_hash(stage:str) -> str|None:
     "Fingerprint of what a stage's notebook does beyond its module"
     if (path := notebook_of(stage)) is None: return None
     cells = ["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"]
-    return _digest([c for c in cells if not c.lstrip().startswith("#| export")])
+    return digest([c for c in cells if not c.lstrip().startswith("#| export")])
 
 # %% ../nbs/00_core.ipynb #00-core-084
 def _named_files(cfg) -> dict:
@@ -467,8 +470,7 @@ def _named_files(cfg) -> dict:
 
 def _uses_weights(module:str) -> bool:
     "Does the code of a stage ask for the shipped models?"
-    trees = [tree for name, tree in code_closure(module).items() if name != "core"]
-    return any(isinstance(n, ast.Name) and n.id == "weights_dir" for tree in trees for n in ast.walk(tree))
+    return any("weights_dir()" in code for name, code in code_closure(module).items() if name != "core")
 
 # %% ../nbs/00_core.ipynb #00-core-085
 def fingerprint(name:str, cfg:Config) -> dict:
@@ -529,7 +531,7 @@ def record_of(run, name:str) -> dict|None:
 
 def result_hash(record:dict) -> str:
     "One hash over all outputs of a finished stage"
-    return _digest(record["outputs"])
+    return digest(record["outputs"])
 
 # %% ../nbs/00_core.ipynb #00-core-095
 @patch

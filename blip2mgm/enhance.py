@@ -15,9 +15,9 @@ from pathlib import Path
 from .arms import ARMS
 from .core import Config, ConfigError, nearest
 from .data import open_picture
-from .recipe import operators
+from .recipe import captioner_of, operators
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-005
+# %% ../nbs/20_enhance.ipynb #20-enhance-006
 @dataclass
 class EnhanceConfig(Config):
     "Parameters of the enhancement."
@@ -41,7 +41,7 @@ class EnhanceConfig(Config):
         for arm in self.arms:
             if arm not in ARMS: raise ConfigError(f'arms: there is no arm "{arm}"; {nearest(arm, ARMS)}')
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-009
+# %% ../nbs/20_enhance.ipynb #20-enhance-010
 def plot_funnel(table:list[dict]):
     "Rows left after each operator, as a figure"
     from blip2mgm.explore import BLUE, ORANGE, panels
@@ -55,7 +55,7 @@ def plot_funnel(table:list[dict]):
     ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-012
+# %% ../nbs/20_enhance.ipynb #20-enhance-013
 LIMITS = {"words_num_filter": [("num_words", "min_num", "max_num")], "word_repetition_filter": [("word_rep_ratio", "min_ratio", "max_ratio")],
           "character_repetition_filter": [("char_rep_ratio", "min_ratio", "max_ratio")], "text_length_filter": [("text_len", "min_len", "max_len")],
           "image_shape_filter": [("image_width", "min_width", "max_width"), ("image_height", "min_height", "max_height")]}
@@ -82,7 +82,7 @@ def plot_thresholds(found: list[dict]):
     for ax in axs[len(found):]: ax.axis("off")
     return fig
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-014
+# %% ../nbs/20_enhance.ipynb #20-enhance-015
 def pick(lines:list[dict], n:int, seed:int) -> list[dict]:
     "`n` kept rows, and `n` dropped ones with as many operators among them as possible"
     mixed = random.Random(f"gallery {seed}").sample(lines, len(lines))
@@ -97,7 +97,7 @@ def _wrapped(text:str, width:int=38, lines:int=8) -> str:
     found = textwrap.wrap(text, width)
     return "\n".join(found[:lines] + ["…"] * (len(found) > lines)).replace("$", r"\$")
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-015
+# %% ../nbs/20_enhance.ipynb #20-enhance-016
 def plot_gallery(lines:list[dict], rows:list[dict], root, n:int=4, seed:int=0):
     "Pictures with their captions before and after: kept rows first, then dropped ones with the operator that dropped them"
     from blip2mgm.explore import panels
@@ -113,22 +113,23 @@ def plot_gallery(lines:list[dict], rows:list[dict], root, n:int=4, seed:int=0):
         below.text(.5, 1, text, fontsize=7, ha="center", va="top", transform=below.transAxes)
     return fig
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-017
-def agreements(rows: list[dict], captions: dict[str, str], root: Path, recipe: dict, captioner: str = "") -> dict[str, float]:
-    "Agreement of the captions, by row id, with the first picture of each row; empty where the recipe has no captioner"
-    from blip2mgm.captioner import agreement, load_blip2
-    from blip2mgm.recipe import captioner_of
-    if not (name := captioner_of(recipe, captioner)): return {}
+# %% ../nbs/20_enhance.ipynb #20-enhance-018
+def agreements(model, rows: list[dict], captions: dict[str, str], root: Path) -> dict[str, float]:
+    "Agreement of the captions, by row id, with the first picture of each row, as a BLIP-2 and its processor see it"
+    from blip2mgm.captioner import agreement
     rows = sorted(rows, key=lambda r: str(r["id"]))
-    found = agreement(*load_blip2(name), [Path(root)/r["images"][0] for r in rows], [captions[str(r["id"])] for r in rows])
+    found = agreement(*model, [Path(root)/r["images"][0] for r in rows], [captions[str(r["id"])] for r in rows])
     return {str(r["id"]): a for r, a in zip(rows, found) if a is not None}
 
 def measure_agreement(lines: list[dict], rows: list[dict], root: Path, recipe: dict, cfg: EnhanceConfig) -> dict[str, dict[str, float]]:
-    "Agreement by row id of raw and of new captions, on rows drawn by chance; of every raw caption if the arm worst_half needs it"
+    "Agreement by row id of raw and of new captions, on rows drawn by chance; of every raw caption if the arm worst_half needs it; empty where the recipe has no captioner"
+    from blip2mgm.captioner import load_blip2
+    if not (name := captioner_of(recipe, cfg.captioner)): return {"raw": {}, "BLIP-2": {}}
+    model = load_blip2(name)
     new = {line["id"]: line for line in lines if line.get("final_caption") and line["status"] != "rejected"}
     usable = [r for r in rows if str(r["id"]) in new]
     drawn = random.Random(f"agreement {cfg.seed}").sample(usable, min(cfg.agreement, len(usable)))
-    ask = lambda some, key: agreements(some, {i: line[key] for i, line in new.items()}, root, recipe, cfg.captioner)
+    ask = lambda some, key: agreements(model, some, {i: line[key] for i, line in new.items()}, root)
     return {"raw": ask(usable if "worst_half" in cfg.arms else drawn, "raw_caption"), "BLIP-2": ask(drawn, "final_caption")}
 
 def agreement_rows(found: dict[str, dict[str, float]], seed: int = 0) -> list[dict]:
@@ -138,7 +139,7 @@ def agreement_rows(found: dict[str, dict[str, float]], seed: int = 0) -> list[di
     sets = {name: [by_row[i] for i in shared] for name, by_row in found.items()} if len(shared) > 1 else {}
     return [{"captions": name, "n": len(v), **dict(zip(("mean", "low", "high"), bootstrap_mean(v, seed=seed))), "none": sum(a <= 0 for a in v) / len(v)} for name, v in sets.items()]
 
-# %% ../nbs/20_enhance.ipynb #20-enhance-020
+# %% ../nbs/20_enhance.ipynb #20-enhance-021
 def conclusion(summary:dict) -> list[str]:
     "What the numbers say, in sentences"
     r, s, a = summary["rows"], summary["captions"], summary["mentions"]

@@ -4,20 +4,18 @@
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-002
 from __future__ import annotations
-import hashlib, io, json, time
-from dataclasses import dataclass, field, replace
+import hashlib, time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 from .answers import Item, Store, answer_key, answer_row, append, decoding, keep_answers, place_of, share, stored_row, told
-from .asking import Reply, keep_features, look_up
-from .core import (Config, ConfigError, Stage, UserError, data_root, nearest, read_json, read_jsonl, resolve, set_threads, show_path,
-                           show_table, track, tree_hash, write_json)
-from .looking import (band, by_group, calibration, confusion, diversity, plot_calibration, plot_confusion, plot_curves, rarity,
-                              rotation_consistency, same_answer, tagged)
+from .asking import keep_features, look_up
+from .core import (Config, ConfigError, UserError, data_root, nearest, read_json, read_jsonl, resolve, set_threads, show_path,
+                           track, tree_hash, write_json)
+from .looking import by_group, same_answer
 from .models import open_model, open_trained, parts_identity, trained_files
 from .probes import PROBES, Probe, probed, without_picture
-from .scorers import RULES, rule_accuracy
-from .tasks import TASKS, Question, majority, mark, overall_bleu, summarise, task_of, units
+from .tasks import TASKS, Question, majority, mark, summarise, task_of, units
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'first_pictures', 'ask_about', 'picture_bytes', 'Pictures', 'Model', 'base_of', 'trained_models',

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Config, ConfigError, Stage, UserError, show_table, write_json
+from .core import Config, ConfigError, UserError, show_table
 from .data import MAX_PIXELS, Root, embedded, locate, open_picture
 from .lexical import FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus
-from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, held_out_sets, rows_at
+from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, rows_at
 
 # %% auto #0
 __all__ = ['DEPTHS', 'PICTURE_UNITS', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'share_interval',

@@ -11,7 +11,6 @@ __all__ = ['STAGES', 'PARTS', 'CLAIMS', 'Artefacts', 'check_chain', 'check_again
            'diversity_change', 'trainable_share', 'audit', 'machine_claims', 'provenance', 'environment']
 
 # %% ../nbs/81_findings.ipynb #81-findings-002
-import re
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +18,7 @@ from statistics import fmean, median
 
 from fastcore.basics import patch
 
-from .core import UserError, file_hash, inside, read_json, read_jsonl, record_of, result_hash, show_path, weights_dir
+from .core import UserError, file_hash, inside, read_json, read_jsonl, record_of, result_hash, show_path
 from .data import caption_of, read_dj
 
 # %% ../nbs/81_findings.ipynb #81-findings-005

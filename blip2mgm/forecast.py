@@ -5,9 +5,7 @@
 # %% ../nbs/06_forecast.ipynb #06-forecast-003
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-
-from .core import Table, show_table
+from dataclasses import dataclass, replace
 
 # %% auto #0
 __all__ = ['SIZE', 'FULL', 'Plan', 'meta_model', 'counts', 'kept_bytes', 'fused_shape', 'layer_bytes', 'forecast',

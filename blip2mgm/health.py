@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Callable, Sequence
 
-from .core import Table, UserError, show_table
+from .core import Table, show_table
 
 # %% auto #0
 __all__ = ['SPIKE', 'HISTORY', 'STUDY', 'batch_output', 'Finding', 'findings_table', 'label_view', 'check_samples',
@@ -48,12 +48,12 @@ def label_view(sample: dict, tokenizer) -> str:
 # %% ../nbs/06_health.ipynb #06-health-015
 def check_samples(samples: list[dict], n_image_tokens: int, max_length: int) -> list[Finding]:
     "Pictures without a mark (and marks without a picture), samples without labels, answers cut off."
-    from blip2mgm.inputs import IGNORE, IMAGE_ID
+    from blip2mgm.inputs import IMAGE_ID
+    from blip2mgm.samples import cut_share
     marks = {s["id"]: sum(i == IMAGE_ID for i in s["input_ids"]) for s in samples}
     odd = [s["id"] for s in samples if marks[s["id"]] != bool(s["image"])]
     empty = [s["id"] for s in samples if not s["n_labels"]]
-    labels = {s["id"]: sum(l != IGNORE for l in s["labels"]) for s in samples}
-    cut = {s["id"]: 1 - s["n_labels"]/labels[s["id"]] for s in samples if labels[s["id"]] > s["n_labels"] > 0}
+    cut = {s["id"]: share for s in samples if 0 < (share := cut_share(s)) < 1}
     out = []
     if odd: out.append(Finding("image marks", f"{len(odd)} of {len(samples)} samples have a picture and no mark for it, or the reverse: {odd[:5]}", "mend the rows: a picture without a mark is never looked at"))
     if empty: out.append(Finding("no labels", f"{len(empty)} of {len(samples)} samples have no label: {empty[:5]}", "leave them out; their loss is not a number"))

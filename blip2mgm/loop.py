@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib, hashlib, json, math, os, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable
 
 from fastcore.basics import patch
 
-from .core import UserError, read_jsonl, write_jsonl
+from .core import UserError, write_jsonl
 from .health import Finding, batch_output, is_spike, not_finite
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'pieces', 'computing', 'gradients', 'lr_factor', 'optimiser', 'StepLog', 'norms', 'parts',
            'memory_mib', 'checkpoint_tensors', 'content_hash', 'checkpoints', 'save_checkpoint', 'read_checkpoint',
-           'put_back', 'State', 'Run', 'draw', 'clear']
+           'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
 
 # %% ../nbs/06_loop.ipynb #06-loop-008
 def pieces(batch: list[dict], size: int) -> list[list[dict]]:
@@ -127,6 +127,7 @@ def checkpoint_tensors(model, opt) -> dict:
     return out
 
 def content_hash(tensors: dict) -> str:
+    "Fingerprint of named tensors."
     h = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].cpu().numpy().tobytes())
     return h.hexdigest()
@@ -154,6 +155,10 @@ def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict, "State"] | None
     except (SafetensorError, OSError): return None
     if about["fingerprint"] != fingerprint or about["content"] != content_hash(tensors): return None
     return tensors, State(**json.loads(about["state"]))
+
+def newest_sound(folder: Path, fingerprint: str) -> tuple[dict, "State"] | None:
+    "The newest checkpoint of this training that can be read."
+    return next((found for path in checkpoints(folder) if (found := read_checkpoint(path, fingerprint))), None)
 
 # %% ../nbs/06_loop.ipynb #06-loop-029
 def put_back(model, opt, tensors: dict) -> None:
@@ -205,11 +210,11 @@ class Run:
 @patch
 def go_on(self: Run) -> bool:
     "Takes up the newest sound checkpoint; False if there is none, and the stage begins."
-    for path in checkpoints(self.folder):
-        if (found := read_checkpoint(path, self.fingerprint)) is None: path.unlink(); continue
+    if found := newest_sound(self.folder, self.fingerprint):
         put_back(self.model, self.opt, found[0])
         self.state, self.log = found[1], StepLog(self.folder/"steps.jsonl", self.stage, found[1].step)
         return True
+    for path in checkpoints(self.folder): path.unlink()
     (self.folder/"events.jsonl").unlink(missing_ok=True)
     self.log = StepLog(self.folder/"steps.jsonl", self.stage)
     self.keep()
@@ -291,7 +296,7 @@ def take_back(self: Run, loss: float) -> None:
     "Back to the last checkpoint: is it the data, the state, or neither?"
     k, now = self.state.step, self.state
     usual = [r["loss"] for r in self.log.rows]
-    found = next((f for path in checkpoints(self.folder) if (f := read_checkpoint(path, self.fingerprint))), None)
+    found = newest_sound(self.folder, self.fingerprint)
     if found is None: raise UserError(f"stage {self.stage}, step {k}: the loss rose to {loss:.3g}, and there is no sound checkpoint to go back to")
     put_back(self.model, self.opt, found[0])
     there = self.loss_here(self.batches[k])

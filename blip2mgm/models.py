@@ -4,20 +4,18 @@
 
 # %% ../nbs/074_models.ipynb #074-models-002
 from __future__ import annotations
-import hashlib, json, re
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
-from .asking import Reply, ask_each, engine_hash, look_now, prepare
-from .core import UserError, file_hash, read_json, read_yaml, resolve, show_path, tree_hash
+from .asking import Reply, ask_each, engine_hash, look_now
+from .core import UserError, digest, file_hash, read_json, read_yaml, resolve, show_path, tree_hash
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'FORMS', 'MGMAnswerer', 'mgm_identity', 'parts_identity', 'trained_files', 'open_trained',
            'open_adapter', 'open_original', 'HubAnswerer', 'hub_replies', 'open_hub', 'open_model']
 
 # %% ../nbs/074_models.ipynb #074-models-006
-def _hash(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
 @dataclass
 class MGMAnswerer:
     "An MGM that can be asked."
@@ -40,8 +38,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "non_lora_t
 def mgm_identity(base: str, adapter_files: list[Path], tokenizer_folder: Path, sizes: Path) -> dict:
     "The hashes that an MGM is known by; `sizes` is the file that says how large its pictures are."
     words = [file_hash(p) for n in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") if (p := tokenizer_folder/n).is_file()]
-    return dict(weights=base[:16], adapter=_hash([file_hash(p) for p in adapter_files]) if adapter_files else None,
-                processor=_hash(words, file_hash(sizes), "pad"), engine=engine_hash())
+    return dict(weights=base[:16], adapter=digest([[file_hash(p) for p in adapter_files]], 16) if adapter_files else None,
+                processor=digest([words, file_hash(sizes), "pad"], 16), engine=engine_hash())
 
 def parts_identity(folder: Path, base: str, adapter_files: list[Path]) -> dict:
     "The same for a model made of a folder with gemma, clip and convnext."
@@ -96,7 +94,7 @@ def open_original(folder: Path, device: str = "cpu", dtype: str = "float32") -> 
     from blip2mgm.published import weight_files
     if not any((folder/n).is_file() for n in ("tokenizer.json", "tokenizer.model")): raise UserError(f"{show_path(folder)} holds no tokenizer (tokenizer.json): copy it from the model's base")
     model = load_original(folder, getattr(torch, dtype), device)
-    identity = mgm_identity(_hash([file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype), [], folder, folder/"config.json")
+    identity = mgm_identity(digest([[file_hash(f) for f in weight_files(folder)], read_json(folder/"config.json"), dtype], 16), [], folder, folder/"config.json")
     return MGMAnswerer(folder.name, model, _tokenizer(folder), identity)
 
 # %% ../nbs/074_models.ipynb #074-models-013
@@ -171,9 +169,9 @@ def open_hub(name: str, device: str = "cpu", dtype: str = "float32") -> HubAnswe
     except (OSError, ValueError, KeyError, ImportError) as e: raise UserError(f"{name} cannot be opened as an image-text-to-text model: {str(e).splitlines()[0]}") from None
     folder, version = Path(name), getattr(model.config, "_commit_hash", None)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    weights = _hash([file_hash(f) for f in files], dtype) if files else _hash(name, version, dtype)
+    weights = digest([[file_hash(f) for f in files], dtype], 16) if files else digest([name, version, dtype], 16)
     words = [file_hash(f) for f in sorted(folder.glob("*.json"))] if folder.is_dir() else version
-    return HubAnswerer(folder.name, model, processor, dict(weights=weights, adapter=None, processor=_hash(words, FORMS), engine=engine_hash()))
+    return HubAnswerer(folder.name, model, processor, dict(weights=weights, adapter=None, processor=digest([words, FORMS], 16), engine=engine_hash()))
 
 # %% ../nbs/074_models.ipynb #074-models-020
 def open_model(

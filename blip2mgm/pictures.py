@@ -14,7 +14,7 @@ __all__ = ['COLORS', 'GROUNDS', 'SHAPES', 'SIZES', 'TEXTURES', 'SIGN_COLORS', 'V
 # %% ../nbs/01_pictures.ipynb #01-pictures-002
 import base64, csv, functools, hashlib, io, json, math, os, random, re, shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 

@@ -110,5 +110,6 @@ def probed(questions: list[Question], probe: Probe) -> list[Question]:
     "The questions changed by a probe; questions about one picture share its changed form."
     if probe.kind not in CORRUPTIONS: return [probe(q) for q in questions]
     first = {}
-    for q in questions: first.setdefault(q.image_id, probe(q).image)
+    for q in questions:
+        if q.image_id not in first: first[q.image_id] = probe(q).image
     return [replace(q, image=first[q.image_id]) for q in questions]

@@ -5,7 +5,7 @@
 # %% ../nbs/30_train.ipynb #30-train-003
 from __future__ import annotations
 
-import hashlib, json, math, os, sys, time
+import json, math, os, sys, time
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
-from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, file_hash, inside, read_json, read_jsonl, read_yaml,
+from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml,
                            resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
-from .health import Finding, diagnose, findings_table, label_view, preflight
-from .loop import PRECISIONS, SCHEDULES, Run, checkpoints, clear, computing, lr_factor, read_checkpoint
+from .health import Finding, diagnose, findings_table, preflight
+from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
 
 # %% auto #0
@@ -131,9 +131,9 @@ def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], 
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
     pictures = [(p, file_hash(inside(root, p))) for p in pictures]
-    return _hash([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, code_hash("mgm"), code_hash("samples")])
+    return digest([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, code_hash("mgm"), code_hash("samples")])
 
-def _hash(obj) -> str: return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()
+
 
 # %% ../nbs/30_train.ipynb #30-train-018
 def make_features(
@@ -322,23 +322,24 @@ class Worker(SpawnProcess):
 
 class Fresh(SpawnContext): Process = Worker
 
-# %% ../nbs/30_train.ipynb #30-train-035
+# %% ../nbs/30_train.ipynb #30-train-036
 def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
     from blip2mgm.train import Fresh, begin_worker
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    keep = dict(OMP_NUM_THREADS="1", MALLOC_TRIM_THRESHOLD_="1073741824", MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TOP_PAD_="268435456")
+    for k, v in keep.items(): os.environ.setdefault(k, v)
     stop = Fresh().Event()
     pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
     pool.stop = stop
     return pool
 
-# %% ../nbs/30_train.ipynb #30-train-037
+# %% ../nbs/30_train.ipynb #30-train-038
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-039
+# %% ../nbs/30_train.ipynb #30-train-040
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -347,7 +348,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-040
+# %% ../nbs/30_train.ipynb #30-train-041
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -358,7 +359,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-041
+# %% ../nbs/30_train.ipynb #30-train-042
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -376,7 +377,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-043
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
@@ -386,9 +387,9 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     said, seen = cfg.to_dict(), lambda stage: read_json(Path(ready.features[stage], "features.json"))["fingerprint"]
     one = [*shared, seed, {k: said[k] for k in STAGE1_KEYS}, file_hash(ready.samples[arm]), seen(1)]
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
-    return {1: _hash(one), 2: _hash(two)}
+    return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-043
+# %% ../nbs/30_train.ipynb #30-train-044
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -397,7 +398,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-045
+# %% ../nbs/30_train.ipynb #30-train-046
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -405,7 +406,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-046
+# %% ../nbs/30_train.ipynb #30-train-047
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -419,7 +420,7 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-048
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
@@ -427,7 +428,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
     for j in todo:
         for s in (1, 2):
             place = Path(j.folder, f"stage{s}")
-            goes_on = any(read_checkpoint(f, j.fingerprints[s]) for f in checkpoints(place))
+            goes_on = newest_sound(place, j.fingerprints[s]) is not None
             if not is_done(j, s) and not goes_on: (place/"steps.jsonl").unlink(missing_ok=True)
     running = {pool.submit(train_arm, asdict(j)): j for j in todo}
     try:
@@ -438,7 +439,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-049
+# %% ../nbs/30_train.ipynb #30-train-050
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -454,7 +455,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-051
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -465,7 +466,7 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-052
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -484,7 +485,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready, found))
     return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-053
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -493,7 +494,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-055
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -511,7 +512,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-057
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -520,7 +521,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-058
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -538,7 +539,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-060
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -548,7 +549,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-061
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -567,7 +568,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-062
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -582,7 +583,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-063
+# %% ../nbs/30_train.ipynb #30-train-064
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -594,14 +595,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-065
+# %% ../nbs/30_train.ipynb #30-train-066
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-067
+# %% ../nbs/30_train.ipynb #30-train-068
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -613,13 +614,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-069
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-069
+# %% ../nbs/30_train.ipynb #30-train-070
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -633,14 +634,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-084
+# %% ../nbs/30_train.ipynb #30-train-085
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-087
+# %% ../nbs/30_train.ipynb #30-train-088
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

@@ -11,7 +11,9 @@ import pytest
 from blip2mgm.core import UserError, data_fingerprint, file_hash, machine, read_json, result_hash, versions, write_json, write_jsonl
 from blip2mgm.data import caption_of, gate, text_of
 from blip2mgm.enhance import EnhanceConfig
-from blip2mgm.evaluate import EvaluateConfig, Reply, ask_about, keep_answers
+from blip2mgm.answers import keep_answers
+from blip2mgm.asking import Reply
+from blip2mgm.evaluate import EvaluateConfig, ask_about
 from blip2mgm.explore import analyse
 from blip2mgm.pictures import ensure_world
 from blip2mgm.findings import Artefacts, arm_scores, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
