@@ -226,7 +226,7 @@ def gemma_config(vocab: int):
 # %% ../nbs/70_foundation.ipynb #70-foundation-023
 def _map(maps):
     "ConvNeXt's stage maps as mining reads them: [B, 24, 24, C]"
-    from blip2mgm.mgm import enlarge
+    from blip2mgm.vision import enlarge
     return enlarge(maps).permute(0, 2, 3, 1)
 
 def _dense_batch(pool, which, b, grid, device):

@@ -28,7 +28,7 @@ from .inputs import (CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_ID, collate, encode_conv
 from .language import (NoLabels, Splice, check_labels, again, label_places, layer_at, loss_of, make_norms_lean, pick, set_activation,
                                splice, token_loss, use_best_attention)
 from .published import (FULL_TOWERS, gemma_config, original_name, our_name, read_original, read_part, said_activation, tower_configs)
-from .vision import Features, enlarge, grid_windows, lowres_grid, mine, standardise
+from .vision import Features, lowres_grid, mine
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-010
 @dataclass
@@ -125,11 +125,8 @@ def patches(self: MGM, images: torch.Tensor) -> torch.Tensor:
 def mined(self: MGM, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     "Mined patches [B, P, V] and the attention over each window [B, P, W]."
     c = self.config
-    views = c.image_grid**2 + c.image_global
-    win = grid_windows(enlarge(features.aux), features.clip.shape[1]//views, c.image_grid, c.image_global)
-    win = standardise(win).to(self.dtype)
     return mine(self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector,
-                features.clip.to(self.dtype), win)
+                features.clip.to(self.dtype), features.aux, c.image_grid, c.image_global)
 
 @patch
 def image_tokens(self: MGM, features: Features) -> torch.Tensor:
