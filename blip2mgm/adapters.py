@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import UserError, show_path, show_table, write_json, write_text
+from .core import UserError, show_path, write_json, write_text
+from .show import show_table
 from .inputs import IMAGE_ID
 from .mgm import MGM, stage1_parameters
 from .published import original_name, our_name

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from .core import UserError, read_jsonl, show_path, write_jsonl
-from .data import caption_of, text_of, write_dj
+from .formats import caption_of, text_of, write_dj
 from .recipe import CAPTIONER, operators
 
 # %% ../nbs/092_arms.ipynb #092-arms-005

@@ -225,7 +225,7 @@ ENGINE = ("asking", "mgm", "inputs", "language", "vision", "published", "adapter
 
 def engine_hash() -> str:
     "Fingerprint of the code that turns a picture and a prompt into an answer."
-    from blip2mgm.core import versions
+    from blip2mgm.stage import versions
     code = {name: code_closure(name)[name] for name in ENGINE}
     packages = {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}
     return digest([code, packages], 16)

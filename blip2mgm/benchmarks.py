@@ -74,7 +74,7 @@ def make_rows(
     "Writes `n` rows with fresh captions over some pictures."
     import random
     from itertools import accumulate
-    from blip2mgm.data import text_of, write_dj
+    from blip2mgm.formats import text_of, write_dj
     rng = random.Random(seed)
     scenes, syllables = _scenes(rng, 5000), ("ba", "ke", "lo", "mi", "nu", "ra", "so", "ti")
     lexicon = ["".join(rng.choices(syllables, k=rng.randint(2, 5))) for _ in range(30_000)]

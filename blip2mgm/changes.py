@@ -11,7 +11,8 @@ __all__ = ['MEASURED', 'LOOP', 'DETAILS', 'caption_sets', 'captions_in', 'change
 import re
 from collections import Counter
 
-from .lexical import boilerplate, common_budget, describe, words
+from .lexical import boilerplate, words
+from .corpus import common_budget, describe
 
 # %% ../nbs/093_changes.ipynb #093-changes-005
 def caption_sets(lines:list[dict]) -> dict[str, list[dict]]:

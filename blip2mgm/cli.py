@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['stage_names', 'profiles', 'profile_folder', 'cell_parameters', 'config_class', 'Step', 'load_step', 'needs',
-           'load_profile', 'kernel_class', 'execute', 'StageFailed', 'failure', 'duration', 'progress_line', 'Watch',
-           'write_page', 'only_one', 'leftovers', 'end_leftovers', 'run_step', 'chosen', 'why_run', 'run_profile',
-           'farewell', 'status_table', 'profile_table', 'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list',
-           'do_compare', 'do_history', 'do_trace', 'do_lab', 'do_check', 'do_explore', 'do_evaluate',
-           'do_check_adapter', 'do_merge_adapter', 'do_clean', 'parser', 'main']
+           'load_profile', 'run_step', 'chosen', 'why_run', 'run_profile', 'farewell', 'status_table', 'profile_table',
+           'clean_run', 'lab_command', 'do_run', 'do_status', 'do_list', 'do_compare', 'do_history', 'do_trace',
+           'do_lab', 'do_check', 'do_explore', 'do_evaluate', 'do_check_adapter', 'do_merge_adapter', 'do_clean',
+           'parser', 'main']
 
 # %% ../nbs/80_cli.ipynb #80-cli-002
-import argparse, ast, contextlib, fcntl, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import argparse, ast, importlib, json, os, re, shutil, signal, subprocess, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import (Config, ConfigError, Table, UserError, nearest, notebook_of, project_root, read_json, read_yaml,
-                           record_of, resolve, show_path, show_table, stale, write_text)
+from .core import Config, ConfigError, nearest, project_root, read_json, read_yaml, resolve, show_path, UserError
+from .show import show_table, Table
+from .runner import duration, execute, failure, only_one, StageFailed, Watch, write_page
+from .stage import notebook_of, record_of, stale
 
 # %% ../nbs/80_cli.ipynb #80-cli-005
 def stage_names() -> list[str]:
@@ -98,7 +99,7 @@ def _data_problem(steps) -> list[str]:
     data = next((s.cfg.data for s in steps if hasattr(s.cfg, "data")), "pictures/smoke")
     kind, _, preset = data.partition("/")
     if kind != "pictures": return [] if resolve(data).is_dir() else [f"the data folder {data} is not there"]
-    from blip2mgm.pictures import PRESETS
+    from blip2mgm.world import PRESETS
     return [] if preset in PRESETS else [f'there is no picture world "{preset}"; {nearest(preset, PRESETS)}']
 
 # %% ../nbs/80_cli.ipynb #80-cli-023
@@ -120,149 +121,6 @@ def load_profile(name:str, run:str|None=None) -> list[Step]:
     return steps
 
 # %% ../nbs/80_cli.ipynb #80-cli-026
-def kernel_class(folder, log):
-    "The class of a kernel manager that starts this very Python; `folder` is a short-lived one for its files"
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-    spec = KernelSpec(argv=argv, display_name="Python (blip2mgm)", language="python", env={"IPYTHONDIR": f"{folder}/ipython"})
-
-    class ThisPython(AsyncKernelManager):
-        def __init__(self, **kw):
-            super().__init__(transport="ipc", ip=f"{folder}/k", connection_file=f"{folder}/kernel.json", **kw)
-            self._kernel_spec = spec
-        async def start_kernel(self, **kw): return await self._async_start_kernel(stdout=log, stderr=log, **kw)
-    return ThisPython
-
-# %% ../nbs/80_cli.ipynb #80-cli-027
-@contextlib.contextmanager
-def _environment(**values):
-    "Environment variables for a while"
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-
-# %% ../nbs/80_cli.ipynb #80-cli-028
-def execute(
-    notebook, # what to run
-    output, # where the executed notebook goes, also if a cell fails
-    values:dict, # parameters that differ from the defaults
-    progress, # the file in which the notebook says how far it is
-):
-    "Run a notebook through papermill with this Python"
-    import logging
-    from papermill import execute_notebook
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    log = Path(output).with_suffix(".log")
-    with (tempfile.TemporaryDirectory(prefix="b2m") as folder, open(log, "wb") as said,
-          _environment(BLIP2MGM_PROGRESS=str(progress), TOKENIZERS_PARALLELISM="false")):
-        execute_notebook(notebook, output, values, kernel_name="python3", language="python", progress_bar=False,
-                         kernel_manager_class=kernel_class(folder, said))
-    log.unlink()
-
-# %% ../nbs/80_cli.ipynb #80-cli-032
-class StageFailed(UserError):
-    "A stage's notebook stopped with an error; `details` holds the traceback"
-    details = ""
-
-def _where(error) -> str:
-    "The failing cell by its number and first line of code"
-    lines = [l.strip() for l in error.source.splitlines() if l.strip() and not l.lstrip().startswith("#")]
-    return f" in cell [{error.exec_count}]" + (f", `{lines[0][:70]}`" if lines else "")
-
-def _what(error) -> str:
-    "The error itself"
-    return error.evalue if error.ename in ("UserError", "ConfigError") else f"{error.ename}: {error.evalue}"
-
-# %% ../nbs/80_cli.ipynb #80-cli-034
-def failure(
-    stage:str, # its name
-    error:Exception, # what papermill raised
-    output:Path, # the notebook as far as it got
-    again:str, # the command that goes on from there
-) -> StageFailed:
-    "The message for a stage whose notebook failed"
-    log = Path(output).with_suffix(".log")
-    if hasattr(error, "ename"): place, what, details = _where(error), _what(error), "\n".join(error.traceback)
-    else:
-        place, what = "", "its process died, which most often means that the memory was used up"
-        details = f"{type(error).__name__}: {error}\n" + (log.read_text(errors="replace") if log.is_file() else "")
-    failed = StageFailed(f"the stage {stage} failed{place}\n  {what}\n  how far it got: {show_path(output)}\n  to go on from there: {again}")
-    failed.details = details
-    return failed
-
-# %% ../nbs/80_cli.ipynb #80-cli-037
-def duration(seconds:float) -> str:
-    "A time as one would say it"
-    s = round(seconds)
-    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
-
-def progress_line(p:dict) -> str:
-    "Step, count and time left"
-    count = f"{p['done']:,}" + (f" of {p['total']:,}" if p.get("total") else "")
-    return f"{p.get('step') or 'working'}: {count}" + (f", {p['note']}" if p.get("note") else "") + (f", about {duration(p['left'])} left" if p.get("left") else "")
-
-# %% ../nbs/80_cli.ipynb #80-cli-039
-class Watch(threading.Thread):
-    "Shows what the progress file says until stopped"
-    def __init__(self, file:Path, label:str):
-        super().__init__(daemon=True)
-        self.file, self.label, self.over, self.shown, self.tty = file, label, threading.Event(), None, sys.stdout.isatty()
-    def run(self):
-        while not self.over.wait(0.5):
-            with contextlib.suppress(OSError, ValueError): self.show(json.loads(self.file.read_text()))
-    def show(self, p:dict):
-        if self.tty: print(f"\r\033[K{f'{self.label} {progress_line(p)}'[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        elif p.get("step") != self.shown: print(f"{self.label}   {p.get('step')}", flush=True)
-        self.shown = p.get("step")
-    def stop(self):
-        self.over.set(); self.join()
-        if self.tty: print("\r\033[K", end="", flush=True)
-
-# %% ../nbs/80_cli.ipynb #80-cli-042
-_OMIT = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets")
-_TEMPLATE = "{% extends 'lab/index.html.j2' %}" + "".join("{% block " + b + " %}{% endblock %}" for b in _OMIT)
-
-def write_page(notebook, page) -> Path:
-    "Write an executed notebook as one HTML file without anything from the network"
-    import nbformat
-    from nbconvert import HTMLExporter
-    nb = nbformat.read(notebook, as_version=4)
-    nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and re.match(r"\s*#\|\s*(export|hide|default_exp)", c.source))]
-    exporter = HTMLExporter(raw_template=_TEMPLATE, exclude_anchor_links=True, embed_images=True)
-    return write_text(page, exporter.from_notebook_node(nb, {"metadata": {"name": Path(notebook).stem}})[0])
-
-# %% ../nbs/80_cli.ipynb #80-cli-045
-@contextlib.contextmanager
-def only_one(run:Path):
-    "Hold the run folder for this process alone; UserError if another one holds it"
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run/".lock", "a+") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise UserError(f"another `blip2mgm run` is at work in {show_path(run)}; wait for it or stop it") from None
-        end_leftovers(run)
-        with _environment(BLIP2MGM_RUN=str(run)): yield
-
-# %% ../nbs/80_cli.ipynb #80-cli-047
-def leftovers(run:Path) -> list[int]:
-    "Processes of an earlier run in this folder that outlived it (Linux; elsewhere none are found)"
-    mark, found = f"BLIP2MGM_RUN={run}\0".encode(), []
-    for p in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in p.read_bytes() + b"\0" and int(p.parent.name) != os.getpid(): found.append(int(p.parent.name))
-    return found
-
-def end_leftovers(run:Path, wait:float=5.0):
-    "Ask the leftovers of a killed run to end, and see to it that they do"
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        for pid in leftovers(run):
-            with contextlib.suppress(OSError): os.kill(pid, sig)
-        until = time.monotonic() + wait
-        while leftovers(run) and time.monotonic() < until: time.sleep(0.1)
-
-# %% ../nbs/80_cli.ipynb #80-cli-050
 def _finished(step:Step, output:Path):
     "What is owed once a stage's notebook has run: its record, its page, and for the report its place at the top"
     run = resolve(step.cfg.run)
@@ -271,7 +129,7 @@ def _finished(step:Step, output:Path):
     write_page(output, output.with_suffix(".html"))
     if step.name == "report": importlib.import_module("blip2mgm.report").publish(run, output)
 
-# %% ../nbs/80_cli.ipynb #80-cli-051
+# %% ../nbs/80_cli.ipynb #80-cli-027
 def run_step(step:Step, label:str, again:str) -> float:
     "Run one stage's notebook with its progress shown; returns the seconds it took"
     folder, start = resolve(step.cfg.run)/step.name, time.monotonic()
@@ -286,7 +144,7 @@ def run_step(step:Step, label:str, again:str) -> float:
     _finished(step, output)
     return time.monotonic() - start
 
-# %% ../nbs/80_cli.ipynb #80-cli-053
+# %% ../nbs/80_cli.ipynb #80-cli-029
 def chosen(
     steps:list[Step], # the whole profile
     first:str|None=None, # leave out the stages before this one
@@ -304,7 +162,7 @@ def chosen(
                             f"leave out --from and --only, or run {n} first")
     return todo
 
-# %% ../nbs/80_cli.ipynb #80-cli-056
+# %% ../nbs/80_cli.ipynb #80-cli-032
 def why_run(step:Step) -> str|None:
     "Why a stage must run, in a few words; None if its result still stands and the report is where it is looked for"
     run = resolve(step.cfg.run)
@@ -318,10 +176,10 @@ def _run_or_keep(step, label, force, again, steps):
     else:
         print(f"{label} running ({why})", flush=True)
         if step.name == "train" and "report" in [s.name for s in steps]:  # what is asked is written down before a model is trained
-            importlib.import_module("blip2mgm.report").freeze_plan(resolve(step.cfg.run), {s.name: s.cfg for s in steps})
+            importlib.import_module("blip2mgm.plan").freeze_plan(resolve(step.cfg.run), {s.name: s.cfg for s in steps})
         print(f"{label} done in {duration(run_step(step, label, again))}", flush=True)
 
-# %% ../nbs/80_cli.ipynb #80-cli-057
+# %% ../nbs/80_cli.ipynb #80-cli-033
 def run_profile(
     profile:str, # a name in params/ or the path of a folder
     first:str|None=None, # start with this stage
@@ -338,13 +196,13 @@ def run_profile(
         for step in todo: _run_or_keep(step, f"[{steps.index(step) + 1}/{len(steps)}] {step.name:<9}", force, again, steps)
     farewell(folder)
 
-# %% ../nbs/80_cli.ipynb #80-cli-059
+# %% ../nbs/80_cli.ipynb #80-cli-035
 def farewell(run:Path):
     "Print what the run came to, and where to read it"
     if (run/"comparison.json").is_file(): print(f"\n{read_json(run/'comparison.json')['sentence']}")
     if (run/"report.html").is_file(): print(f"Report: {show_path(run/'report.html')}")
 
-# %% ../nbs/80_cli.ipynb #80-cli-062
+# %% ../nbs/80_cli.ipynb #80-cli-038
 def status_table(steps:list[Step]) -> Table:
     "For each stage: is its result still good, since when, and how long it took"
     rows = []
@@ -354,7 +212,7 @@ def status_table(steps:list[Step]) -> Table:
                      "took": duration(record["seconds"]) if record else None, "memory (MiB)": record.get("peak_memory_mib")})
     return show_table(rows)
 
-# %% ../nbs/80_cli.ipynb #80-cli-063
+# %% ../nbs/80_cli.ipynb #80-cli-039
 def profile_table() -> Table:
     "The profiles that come with the project"
     rows = []
@@ -364,7 +222,7 @@ def profile_table() -> Table:
                      "parameter files": show_path(folder)})
     return show_table(rows)
 
-# %% ../nbs/80_cli.ipynb #80-cli-066
+# %% ../nbs/80_cli.ipynb #80-cli-042
 def clean_run(run:Path, sure:bool=False) -> bool:
     "Remove a run folder with all results, after asking; UserError for a folder that no run has made"
     if not run.is_dir(): raise UserError(f"{show_path(run)} is not there: nothing to remove")
@@ -376,7 +234,7 @@ def clean_run(run:Path, sure:bool=False) -> bool:
     with only_one(run): shutil.rmtree(run)
     return True
 
-# %% ../nbs/80_cli.ipynb #80-cli-069
+# %% ../nbs/80_cli.ipynb #80-cli-045
 def lab_command(extra:list[str]=()) -> list[str]:
     "The command that opens JupyterLab on the project with this Python"
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
@@ -384,7 +242,7 @@ def lab_command(extra:list[str]=()) -> list[str]:
             "--LabApp.default_url=/lab/tree/nbs/index.ipynb", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
             *root, *extra]
 
-# %% ../nbs/80_cli.ipynb #80-cli-072
+# %% ../nbs/80_cli.ipynb #80-cli-048
 def _run_folder(given) -> str|None:
     "A run folder named on the command line is taken from where the command is given"
     return given and show_path(Path(given).expanduser().absolute())
@@ -397,7 +255,7 @@ def do_history(args): print(show_table(importlib.import_module("blip2mgm.runs").
 def do_trace(args): print(show_table(importlib.import_module("blip2mgm.arms").trace(resolve(args.run), args.id)))
 def do_lab(args): return subprocess.call(lab_command(args.extra))
 
-# %% ../nbs/80_cli.ipynb #80-cli-073
+# %% ../nbs/80_cli.ipynb #80-cli-049
 def do_check(args):
     steps = load_profile(args.profile)
     print(show_table([{"stage": s.name, "parameter file": show_path(s.file), "builds on": " ".join(needs(s.name))} for s in steps]))
@@ -408,11 +266,12 @@ def do_explore(args):
     print(preview(args.path, args.root, args.depth, args.sample))
 
 def do_evaluate(args):
-    from blip2mgm.evaluate import Asked, evaluate_model, model_rows
+    from blip2mgm.evaluate import Asked, evaluate_model
+    from blip2mgm.scores import model_rows
     out = resolve(_run_folder(args.out) or f"runs/evaluate/{Path(args.model).name}")
-    root = Path(importlib.import_module("blip2mgm.pictures").ensure_world(out/"data", args.data[9:])) if args.data.startswith("pictures/") else Path(args.data).expanduser().absolute()
+    root = Path(importlib.import_module("blip2mgm.world").ensure_world(out/"data", args.data[9:])) if args.data.startswith("pictures/") else Path(args.data).expanduser().absolute()
     scores = evaluate_model(Asked(args.model, out, root, [t for t in args.tasks.split(",") if t], args.ocr, args.pictures, args.blind, args.batch_size,
-                                  args.max_new_tokens, args.device, args.dtype, args.num_chunks, args.chunk_idx))
+                                  args.max_new_tokens, args.device, args.dtype, args.bits, args.num_chunks, args.chunk_idx))
     print(show_table(model_rows(scores, root, out)) if scores else "this share is answered; other processes still owe theirs")
     print(f"answers, scores and result files: {show_path(out)}")
 
@@ -429,7 +288,7 @@ def do_clean(args):
     run = resolve(_run_folder(args.run) or load_profile(args.profile)[0].cfg.run)
     print(f"removed {show_path(run)}" if clean_run(run, args.yes) else "nothing was removed")
 
-# %% ../nbs/80_cli.ipynb #80-cli-075
+# %% ../nbs/80_cli.ipynb #80-cli-051
 _ABOUT = """Does enhancing captions with BLIP-2 make a LoRA-tuned vision-language model better?
 
 Five notebooks answer that, from the data to a verdict: explore, enhance, train, evaluate, report.
@@ -445,7 +304,7 @@ def _command(commands, name, do, help, profile=True, run=False):
     if run: c.add_argument("--run", metavar="DIR", help="another run folder than the profile names")
     return c
 
-# %% ../nbs/80_cli.ipynb #80-cli-076
+# %% ../nbs/80_cli.ipynb #80-cli-052
 def _add_evaluate(commands):
     "The command `evaluate` with its options"
     c = _command(commands, "evaluate", do_evaluate, "ask a model of your own the benchmarks' questions; what is answered is kept, what is missing is asked", profile=False)
@@ -460,6 +319,7 @@ def _add_evaluate(commands):
     c.add_argument("--max-new-tokens", metavar="N", type=int, default=128)
     c.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     c.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    c.add_argument("--bits", type=int, choices=[4, 8], default=0, help="a hub model's linear layers in so many bits")
     c.add_argument("--num-chunks", metavar="N", type=int, help="share the work among N processes (under torchrun: as it says)")
     c.add_argument("--chunk-idx", metavar="K", type=int, help="which of them this is, from 0")
 
@@ -495,7 +355,7 @@ def _add_commands(commands):
     clean = _command(commands, "clean", do_clean, "remove a profile's run folder with all its results", run=True)
     clean.add_argument("--yes", action="store_true", help="do not ask")
 
-# %% ../nbs/80_cli.ipynb #80-cli-077
+# %% ../nbs/80_cli.ipynb #80-cli-053
 def parser() -> argparse.ArgumentParser:
     "What the command line understands"
     p = argparse.ArgumentParser("blip2mgm", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -503,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
     _add_commands(p.add_subparsers(title="commands", metavar="COMMAND", required=True))
     return p
 
-# %% ../nbs/80_cli.ipynb #80-cli-080
+# %% ../nbs/80_cli.ipynb #80-cli-056
 def _tell(error:Exception, debug:bool) -> int:
     "Print an error as a person wants it; returns the exit status"
     known, failed = isinstance(error, UserError), isinstance(error, StageFailed)
@@ -512,7 +372,7 @@ def _tell(error:Exception, debug:bool) -> int:
     if not known: print("(this should not happen; --debug shows where)", file=sys.stderr)
     return 2 if known and not failed else 1
 
-# %% ../nbs/80_cli.ipynb #80-cli-081
+# %% ../nbs/80_cli.ipynb #80-cli-057
 def main(argv:list[str]|None=None) -> int:
     "The command `blip2mgm`; returns its exit status: 0 well, 1 a stage failed, 2 something to put right first, 130 stopped"
     args = parser().parse_args(argv)

@@ -5,402 +5,38 @@
 # %% ../nbs/02_data.ipynb #02-data-002
 from __future__ import annotations
 
-import io
-import json
-import os
-import re
-import stat
-import unicodedata
-import warnings
+import io, json, os, re, stat, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import UserError, atomic_path, show_table
+from .core import UserError
+from .show import show_table
+from .formats import brief, caption_of, count_images, is_blank, iter_rows, plain_bytes, write_dj
 
 # %% auto #0
-__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'LONGEST', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'FORMATS', 'MAX_PIXELS',
-           'count_images', 'caption_of', 'text_of', 'is_blank', 'parse_line', 'open_bytes', 'numbered_lines', 'unread',
-           'iter_lines', 'plain_rows', 'read_dj', 'write_dj', 'iter_json', 'read_llava', 'as_row', 'count_parquet',
-           'format_of', 'files_in', 'iter_rows', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image',
-           'Picture', 'decode', 'header', 'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge',
-           'iter_gate', 'gate', 'save_gate', 'write_parquet', 'to_llava', 'write_llava']
+__all__ = ['FORMATS', 'MAX_PIXELS', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode', 'header',
+           'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate', 'save_gate']
 
 # %% ../nbs/02_data.ipynb #02-data-005
-IMAGE, END = "<__dj__image>", "<|__dj__eoc|>"
-IMAGE_TOKENS = (IMAGE, "<image>")
-_special = re.compile("|".join(map(re.escape, (*IMAGE_TOKENS, END))))
-
-# %% ../nbs/02_data.ipynb #02-data-006
-def count_images(text: str) -> int:
-    "How many picture tokens the text holds, in either spelling."
-    return text.count(IMAGE_TOKENS[0]) + text.count(IMAGE_TOKENS[1])
-
-def caption_of(text: str) -> str:
-    "The caption alone: special tokens removed, white space at the ends and around them too."
-    if text.startswith(IMAGE) and text.endswith(END) and text.count("<") == 2: return text[len(IMAGE):-len(END)].strip()   # the usual form, ten times as fast
-    return " ".join(part.strip() for part in _special.split(text) if part.strip())
-
-def text_of(caption: str, images: int = 1) -> str:
-    "A Data-Juicer text with `images` picture tokens; tokens inside the caption itself are dropped."
-    return f"{IMAGE * images}\n{caption_of(caption)} {END}"
-
-# %% ../nbs/02_data.ipynb #02-data-010
-_hidden = set("\u2800\u3164\u115f\u1160\uffa0")   # letters by Unicode's book that show nothing
-
-def is_blank(text: str) -> bool:
-    "Whether a person would see nothing: only spaces, control and zero-width characters."
-    if text[:1].isascii() and text[:1].isalnum(): return False
-    return not any(unicodedata.category(c)[0] not in "ZC" and c not in _hidden for c in text)
-
-# %% ../nbs/02_data.ipynb #02-data-013
-LONGEST = 1 << 26   # bytes in a line, a value or a member of a shard: 64 MiB
-
-def _pairs(pairs):
-    "A dict of key-value pairs; a repeated key is an error."
-    row = dict(pairs)
-    if len(row) < len(pairs): raise ValueError(f"a key is repeated among {[k for k, _ in pairs]}")
-    return row
-
-def _constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-def _finite(digits):
-    if (number := float(digits)) in (float("inf"), float("-inf")): raise ValueError(f"{digits[:20]} is too large a number")
-    return number
-
-_decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite)
-
-# %% ../nbs/02_data.ipynb #02-data-014
-def parse_line(line: bytes, number: int) -> tuple[object, str]:
-    "The value in one line of a jsonl file, and the reason why there is none (or an empty string)."
-    if len(line) > LONGEST: return None, f"line too long: line {number} has more than {LONGEST >> 20} MiB"
-    try:
-        value, end = _decoder.raw_decode(text := line.decode())
-        if text[end:].strip(): raise json.JSONDecodeError("Extra data", text, end)
-        return value, ""
-    except UnicodeDecodeError as e: return None, f"not UTF-8: line {number}, byte {e.start}"
-    except json.JSONDecodeError as e: return None, f"bad JSON: line {number}, column {e.colno}: {e.msg}"
-    except (ValueError, RecursionError) as e: return None, f"bad JSON: line {number}: {e}"
-
-# %% ../nbs/02_data.ipynb #02-data-017
-def _brief(value: object, limit: int = 80) -> str:
-    "A short, printable form of any value."
-    text = ascii(value)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
-
-def _existing(path: str | Path) -> Path:
-    "The path, or a UserError if no file is there."
-    if not Path(path).is_file(): raise UserError(f"{path} is not a file")
-    return Path(path)
-
-# %% ../nbs/02_data.ipynb #02-data-018
-PACKED = (".gz", ".zst")
-
-@contextmanager
-def open_bytes(path: str | Path):
-    "A file opened for reading as bytes, unpacked on the way if it ends in .gz or .zst; UserError if the packing is damaged."
-    import gzip, zlib
-    path = _existing(path)
-    try:
-        if path.suffix == ".zst":
-            import pyarrow as pa
-            with pa.input_stream(str(path), compression="zstd") as f: yield io.BufferedReader(f)
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: yield f
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise UserError(f"{path} is damaged or cut short ({e}): fetch it again") from None
-    except OSError as e:
-        if path.suffix != ".zst": raise
-        raise UserError(f"{path} is damaged or cut short ({_brief(str(e))}): fetch it again") from None
-
-# %% ../nbs/02_data.ipynb #02-data-020
-_BLANK = b" \t\r\n"
-
-def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    "The lines of a file that are not blank, without the spaces around them, and with their numbers."
-    with open_bytes(path) as f:
-        for number, line in enumerate(iter(partial(f.readline, LONGEST + 1), b""), 1):
-            if len(line) > LONGEST: _skip_line(f)
-            if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
-            if line := line.strip(_BLANK): yield number, line
-
-def _skip_line(f):
-    "Passes over the rest of a line."
-    while (more := f.readline(LONGEST)) and not more.endswith(b"\n"): pass
-
-def unread(line: bytes) -> dict:
-    "A row that stands for a line that could not be read, holding the whole of it (the beginning, if it is too long to be held)."
-    import base64
-    if len(line) > LONGEST: return {"raw": line[:1000].decode(errors="backslashreplace") + " ..."}
-    text = line.decode(errors="backslashreplace")
-    return {"raw": text} if text.encode() == line else {"raw": text, "raw_base64": base64.b64encode(line).decode()}
-
-def iter_lines(path: str | Path) -> Iterator[tuple[object, str]]:
-    "The value and the problem (or an empty string) of every line that is not blank."
-    for number, line in numbered_lines(path):
-        row, problem = parse_line(line, number)
-        yield (unread(line), problem) if problem else (row, "")
-
-# %% ../nbs/02_data.ipynb #02-data-022
-def _by_arrow(lines: list[bytes]):
-    "A table of the rows in lines of JSON, or None if Arrow finds fault with one, or must not be asked."
-    import pyarrow as pa, pyarrow.json as pj
-    block = b"\n".join(lines)
-    one_a_line = block[:1] == b"{" and block[-1:] == b"}" and block.count(b"}\n{") == len(lines) - 1
-    flat = block.count(b"{") + block.count(b"[") <= 2 * min(len(lines), 1000) + 500   # it does not survive thousands of brackets within each other
-    if not one_a_line or not flat or b"NaN" in block or b"Infinity" in block: return None
-    schema = pa.schema([("id", pa.string()), ("text", pa.string()), ("images", pa.list_(pa.string()))])
-    try:
-        block.decode()
-        table = pj.read_json(pa.BufferReader(block), pj.ReadOptions(use_threads=False, block_size=len(block) + 1), pj.ParseOptions(explicit_schema=schema))
-    except (pa.ArrowInvalid, UnicodeDecodeError): return None
-    return table if len(table) == len(lines) else None
-
-# %% ../nbs/02_data.ipynb #02-data-023
-def plain_rows(lines: list[bytes], least: int = 16) -> list[tuple[str, str, list] | None]:
-    "Id, text and images of each line of JSON that is a plain row; None for a line that `parse_line` has to look at."
-    table = _by_arrow(lines)
-    if table is not None and "conversations" not in table.column_names:
-        rows = zip(*(table[name].to_pylist() for name in ("id", "text", "images")))
-        return [None if id is None or text is None or images is None or None in images else (id, text, images) for id, text, images in rows]
-    if len(lines) <= least or table is not None: return [None] * len(lines)
-    half = len(lines) // 2
-    return plain_rows(lines[:half], least) + plain_rows(lines[half:], least)
-
-# %% ../nbs/02_data.ipynb #02-data-025
-def read_dj(path: str | Path) -> list[dict]:
-    "Every row of a Data-Juicer jsonl file; raises UserError at the first line that is not one (the gate is lenient)."
-    rows = []
-    for row, problem in iter_lines(_existing(path)):
-        if problem or not isinstance(row, dict): raise UserError(f"{path}: {problem or f'row {len(rows) + 1} is not an object'}")
-        rows.append(row)
-    return rows
-
-# %% ../nbs/02_data.ipynb #02-data-026
-def write_dj(path: str | Path, rows: Iterable[dict]) -> Path:
-    "Writes rows as jsonl in one go: the file is either the old one or the whole new one."
-    with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
-        f.writelines(_line(row) + "\n" for row in rows)
-    return Path(path)
-
-def _line(row: object) -> str:
-    "One line of JSON for any row, readable where it can be, escaped where UTF-8 has no bytes for it."
-    default = lambda value: _plain_bytes(value) if isinstance(value, (bytes, bytearray)) else repr(value)
-    line = json.dumps(row, ensure_ascii=False, default=default)
-    try: line.encode()
-    except UnicodeEncodeError: line = json.dumps(row, default=default)
-    return line
-
-# %% ../nbs/02_data.ipynb #02-data-029
-class _Window:
-    "A window of text that slides over a JSON file."
-    def __init__(self, file, path): self.file, self.path, self.text, self.at, self.line, self.over = file, path, "", 0, 1, False
-    def more(self) -> bool:
-        "Lets go of what was read and takes in as much again; False at the end of the file."
-        self.line += self.text.count("\n", 0, self.at)
-        block = self.file.read(max(1 << 16, len(self.text) - self.at))
-        self.text, self.at, self.over = self.text[self.at:] + block, 0, not block
-        return not self.over
-    def peek(self) -> str:
-        "The next character that is no space, or an empty string."
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n": self.at += 1
-            if self.at < len(self.text): return self.text[self.at]
-            if not self.more(): return ""
-    def fail(self, why: str):
-        line = self.line + self.text.count("\n", 0, self.at)
-        raise UserError(f"{self.path}: bad JSON: line {line}: {why}; the rows after it cannot be told apart, so repair the file there")
-
-# %% ../nbs/02_data.ipynb #02-data-030
-def _take(w: _Window, wanted: str) -> str:
-    "Steps over one of the wanted characters and returns it."
-    if (c := w.peek()) not in wanted or not c: w.fail(f"one of {' '.join(wanted)} is expected" + (f", not {c!r}" if c else ", not the end of the file"))
-    w.at += 1
-    return c
-
-def _value(w: _Window) -> object:
-    "The next whole value."
-    w.peek()
-    while True:
-        try:
-            value, end = _decoder.raw_decode(w.text, w.at)
-            if end < len(w.text) or w.over: w.at = end; return value   # a number may go on beyond the window
-        except (ValueError, RecursionError) as e:
-            if w.over or not isinstance(e, json.JSONDecodeError): w.fail(getattr(e, "msg", str(e)))
-        if len(w.text) - w.at > LONGEST: w.fail(f"a value has more than {LONGEST >> 20} Mi characters")
-        w.more()
-
-# %% ../nbs/02_data.ipynb #02-data-031
-def _elements(w: _Window) -> Iterator[object]:
-    "The elements of the list that begins here."
-    _take(w, "[")
-    if w.peek() == "]": w.at += 1; return
-    while True:
-        yield _value(w)
-        if _take(w, ",]") == "]": return
-
-def _in_object(w: _Window) -> Iterator[object]:
-    "The elements of the first list of objects in the object that begins here (annotations, data or what it is called)."
-    _take(w, "{")
-    found, more = False, w.peek() != "}"
-    while more:
-        key = _value(w)
-        _take(w, ":")
-        if w.peek() == "[" and key in LISTS and not found:
-            found = True
-            yield from _elements(w)
-        else: _value(w)
-        more = _take(w, ",}") == ","
-    if not found: w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}")
-
-# %% ../nbs/02_data.ipynb #02-data-032
-LISTS = ("annotations", "data", "rows", "samples")   # the names under which such files keep their list
-
-def iter_json(path: str | Path) -> Iterator[object]:
-    "The rows of a JSON file that is a list, or an object with one; UserError with the line where it is broken."
-    with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as f:
-        w = _Window(f, path)
-        try:
-            if w.peek() not in ("[", "{"): w.fail("a list of rows is expected")
-            yield from _elements(w) if w.peek() == "[" else _in_object(w)
-            if w.peek(): w.fail("nothing is expected after the list")
-        except UnicodeDecodeError as e: raise UserError(f"{path} is not UTF-8 near line {w.line}: {e.reason}") from None
-
-def read_llava(path: str | Path) -> list[dict]:
-    "Every row of a LLaVA json file; raises UserError if it is not a JSON list."
-    return list(iter_json(path))
-
-# %% ../nbs/02_data.ipynb #02-data-036
-NAMES = {"id": ("id", "key", "__key__", "image_id", "index"), "caption": ("caption", "text", "title", "text_output", "TEXT", "question"),
-         "image": ("images", "image", "filename", "file_name", "filepath", "image_path", "path", "url", "URL")}
-
-def _find(row: dict, kind: str) -> object:
-    "What the row holds under the first of the usual names."
-    return next((row[name] for name in NAMES[kind] if row.get(name) is not None), None)
-
-def as_row(row: object, number: int) -> object:
-    "A row of any source with `id`, `text` and `images` (or its conversations); the picture token is put in front of a bare caption."
-    if not isinstance(row, dict) or "conversations" in row or "text" in row and "images" in row: return row
-    caption, image = _find(row, "caption"), _find(row, "image")
-    if caption is None and image is None: return row
-    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    text = caption if not isinstance(caption, str) or count_images(caption) or is_blank(caption) else text_of(caption, len(images))
-    return {"id": f"row{number:07}" if _find(row, "id") is None else _find(row, "id"), "text": text, "images": images,
-            **{k: v for k, v in row.items() if k not in ("id", "text", "images")}}
-
-# %% ../nbs/02_data.ipynb #02-data-037
-def _iter_tsv(path: Path) -> Iterator[tuple[object, str]]:
-    "Rows of a table with tabs: with a header that uses the usual names, else caption and picture as in CC3M."
-    known = {name for names in NAMES.values() for name in names}
-    with open_bytes(path) as f:
-        names = None
-        for number, line in enumerate(f, 1):
-            try: cells = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
-            except UnicodeDecodeError as e: yield unread(line), f"not UTF-8: line {number}, byte {e.start}"; continue
-            if number == 1 and len(known & set(cells)) > 1: names = cells; continue
-            if cells == [""]: continue
-            wanted = len(names or ("caption", "image"))
-            if len(cells) != wanted: yield unread(line), f"bad table row: line {number}: {len(cells)} cell(s), not {wanted}"
-            else: yield as_row(dict(zip(names or ("caption", "image"), cells)), number), ""
-
-# %% ../nbs/02_data.ipynb #02-data-038
-def _iter_parquet(path: Path) -> Iterator[tuple[object, str]]:
-    "Rows of a Parquet file, a few at a time; pictures as paths, bytes or Hugging Face's {bytes, path}."
-    import pyarrow as pa, pyarrow.parquet as pq
-    try:
-        with pq.ParquetFile(path) as f:
-            rows = (_as_json(row) for batch in f.iter_batches(batch_size=64) for row in batch.to_pylist())
-            yield from ((as_row(row, number), "") for number, row in enumerate(rows, 1))
-    except (pa.ArrowInvalid, OSError) as e: raise UserError(f"{path} is not a whole Parquet file: {_brief(str(e), 120)}") from None
-
-def _as_json(value: object) -> object:
-    "A value of a table as JSON knows it: null for what is not a number, text for dates and the like; pictures stay bytes."
-    if isinstance(value, dict): return {k: _as_json(v) for k, v in value.items()}
-    if isinstance(value, list): return [_as_json(v) for v in value]
-    if isinstance(value, float): return value if isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bytes)) else str(value)
-
-def count_parquet(path: Path) -> int:
-    "How many rows a Parquet file says it has."
-    import pyarrow as pa, pyarrow.parquet as pq
-    try: return pq.read_metadata(_existing(path)).num_rows
-    except (pa.ArrowInvalid, OSError) as e: raise UserError(f"{path} is not a whole Parquet file: {_brief(str(e), 120)}") from None
-
-# %% ../nbs/02_data.ipynb #02-data-039
-def _iter_tar(path: Path) -> Iterator[tuple[object, str]]:
-    "Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot."
-    import tarfile
-    with open_bytes(path) as f:
-        try:
-            with tarfile.open(fileobj=f, mode="r|") as tar:
-                key, parts = None, {}
-                for member in tar:
-                    if not member.isfile(): continue
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, kind = name.partition(".")
-                    if (folder, stem) != key and parts: yield _sample(key, parts); parts = {}
-                    key, parts[kind.lower()] = (folder, stem), tar.extractfile(member).read() if member.size <= LONGEST else None
-                if parts: yield _sample(key, parts)
-        except tarfile.TarError as e: raise UserError(f"{path} is not a whole tar file: {e}") from None
-
-# %% ../nbs/02_data.ipynb #02-data-040
-def _sample(key: tuple[str, str], parts: dict[str, bytes]) -> tuple[object, str]:
-    "One WebDataset sample as a row: its json, its caption (.txt) and its pictures as bytes."
-    row = {"id": "/".join(filter(None, key))}
-    if None in parts.values(): return row, f"member too large: more than {LONGEST >> 20} MiB"
-    if "json" in parts:
-        found, problem = parse_line(parts["json"], 1)
-        if problem or not isinstance(found, dict): return {**row, "raw": parts["json"].decode(errors="backslashreplace")}, problem or "not a row"
-        row |= found
-    try: captions = [parts[kind].decode().strip() for kind in ("txt", "caption", "text") if kind in parts]
-    except UnicodeDecodeError as e: return {**row, "raw": repr(parts)}, f"not UTF-8: byte {e.start} of the caption"
-    images = [data for kind, data in parts.items() if kind not in ("json", "txt", "caption", "text", "cls", "npy")]
-    return as_row({**row, **({"caption": captions[0]} if captions else {}), "image": images}, 0), ""
-
-# %% ../nbs/02_data.ipynb #02-data-041
-READERS = {".jsonl": iter_lines, ".ndjson": iter_lines, ".json": lambda path: ((as_row(row, n), "") for n, row in enumerate(iter_json(path), 1)),
-           ".tsv": _iter_tsv, ".parquet": _iter_parquet, ".tar": _iter_tar, ".tgz": _iter_tar}
-
-def format_of(path: str | Path) -> str:
-    "The ending that says how a file is read: .jsonl, .json, .tsv, .parquet or .tar; UserError for any other."
-    kinds = [k.lower() for k in Path(path).suffixes if k.lower() not in PACKED]
-    if kinds and kinds[-1] in READERS: return kinds[-1]
-    raise UserError(f"{path} is in no format that is read here: {', '.join(READERS)}, each also with {' or '.join(PACKED)}")
-
-def files_in(path: str | Path) -> list[Path]:
-    "The file itself, or in their order the shards of a folder: its captions.jsonl, else all its files of the first format found."
-    path = Path(path)
-    if not path.is_dir(): return [_existing(path)]
-    if (path/"captions.jsonl").is_file(): return [path/"captions.jsonl"]
-    for kind in READERS:
-        if found := sorted(f for f in path.iterdir() if f.is_file() and [k for k in f.suffixes if k not in PACKED][-1:] == [kind]): return found
-    raise UserError(f"{path} holds no file that is read here: {', '.join(READERS)}, each also with {' or '.join(PACKED)}")
-
-def iter_rows(path: str | Path) -> Iterator[tuple[object, str]]:
-    "Rows with their problem (or an empty string) from a file or a folder of shards, one after the other."
-    for file in files_in(path): yield from READERS[format_of(file)](file)
-
-# %% ../nbs/02_data.ipynb #02-data-046
 class Bad(Exception):
     "Why a row is refused: `Bad(name, detail)` reads `name: detail`."
     def __str__(self): return ": ".join(str(a) for a in self.args if a != "")
 
-# %% ../nbs/02_data.ipynb #02-data-047
+# %% ../nbs/02_data.ipynb #02-data-006
 def _id_of(row: dict) -> str:
     "The id as text. Whole numbers are ids too."
     if row.get("id") is None: raise Bad("no id")
-    if isinstance(row["id"], bool) or not isinstance(row["id"], (str, int)): raise Bad("odd id", _brief(row["id"]))
+    if isinstance(row["id"], bool) or not isinstance(row["id"], (str, int)): raise Bad("odd id", brief(row["id"]))
     if not str(row["id"]).strip(): raise Bad("no id", "blank")
     return str(row["id"])
 
-# %% ../nbs/02_data.ipynb #02-data-048
+# %% ../nbs/02_data.ipynb #02-data-007
 def _is_null(value: object) -> bool:
     "None, or the not-a-number that pandas puts where nothing is."
     return value is None or isinstance(value, float) and value != value
@@ -408,35 +44,35 @@ def _is_null(value: object) -> bool:
 def _check_text(text: object, name: str = "text") -> str:
     "The text, if it is one that a person can read."
     if _is_null(text): raise Bad(f"null {name}")
-    if not isinstance(text, str): raise Bad(f"{name} is not a string", _brief(text))
+    if not isinstance(text, str): raise Bad(f"{name} is not a string", brief(text))
     if is_blank(caption_of(text)): raise Bad(f"blank {name}")
     return text
 
-# %% ../nbs/02_data.ipynb #02-data-050
+# %% ../nbs/02_data.ipynb #02-data-009
 def _parts_dj(row: dict) -> tuple[str, list]:
     "Text and picture paths of a caption row."
     for name in ("text", "images"):
         if name not in row: raise Bad("missing field", name)
     text, images = _check_text(row["text"]), row["images"]
     images = [] if _is_null(images) else images   # the token count below says what is wrong with it
-    if not isinstance(images, (list, tuple)): raise Bad("images is not a list", _brief(images))
+    if not isinstance(images, (list, tuple)): raise Bad("images is not a list", brief(images))
     return text, list(images)
 
-# %% ../nbs/02_data.ipynb #02-data-051
+# %% ../nbs/02_data.ipynb #02-data-010
 def _parts_llava(row: dict) -> tuple[str, list]:
     "Text and picture paths of an instruction row: its turns, one under the other, and its one picture."
     turns, image = row["conversations"], row.get("image")
-    if not isinstance(turns, list) or not turns: raise Bad("conversations is not a list of turns", _brief(turns))
+    if not isinstance(turns, list) or not turns: raise Bad("conversations is not a list of turns", brief(turns))
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
-            raise Bad("odd turn", _brief(turn))
+            raise Bad("odd turn", brief(turn))
         _check_text(turn["value"], "turn")
     return "\n".join(turn["value"] for turn in turns), [] if image is None else [image]
 
-# %% ../nbs/02_data.ipynb #02-data-053
+# %% ../nbs/02_data.ipynb #02-data-012
 def _check_fields(row: object) -> tuple[str, list]:
     "The text and the pictures (paths, bytes or base64) of a row whose fields are in order; raises Bad otherwise."
-    if not isinstance(row, dict): raise Bad("not a row", f"{type(row).__name__} {_brief(row)}")
+    if not isinstance(row, dict): raise Bad("not a row", f"{type(row).__name__} {brief(row)}")
     _id_of(row)
     text, images = _parts_llava(row) if "conversations" in row else _parts_dj(row)
     tokens = count_images(text)
@@ -446,16 +82,12 @@ def _check_fields(row: object) -> tuple[str, list]:
 
 def _check_writable(row: dict):
     "Half a Unicode character or an object of no JSON kind would stop whoever writes the row next; pictures as bytes are no such thing."
-    try: json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain_bytes).encode()
-    except (TypeError, ValueError, RecursionError) as e: raise Bad("cannot be written as JSON", _brief(str(e))) from e
+    try: json.dumps(row, ensure_ascii=False, allow_nan=False, default=plain_bytes).encode()
+    except (TypeError, ValueError, RecursionError) as e: raise Bad("cannot be written as JSON", brief(str(e))) from e
 
-def _plain_bytes(value: object) -> str:
-    "A picture's bytes as a data address, the form in which the gate reads it again."
-    import base64
-    if isinstance(value, (bytes, bytearray)): return "data:;base64," + base64.b64encode(value).decode()
-    raise TypeError(f"{type(value).__name__} is no JSON")
 
-# %% ../nbs/02_data.ipynb #02-data-056
+
+# %% ../nbs/02_data.ipynb #02-data-015
 class Root:
     "A data root. Remembers where its folders truly are, because asking for every picture costs more than reading its header."
     def __init__(self, path: str | Path):
@@ -474,22 +106,22 @@ class Root:
         if folder not in self.folders: self.folders[folder] = self._folder(folder)
         return os.path.join(self.folders[folder], name)
 
-# %% ../nbs/02_data.ipynb #02-data-057
+# %% ../nbs/02_data.ipynb #02-data-016
 def locate(root: Root, path: str) -> str:
     "The true path of a picture under the root; raises Bad if it is outside or no plain file."
     try:
         full = root.followed(path)
         if full in root and stat.S_ISLNK((info := os.lstat(full)).st_mode): full, info = os.path.realpath(full), None
-        if full not in root: raise Bad("path outside the data root", _brief(path))
+        if full not in root: raise Bad("path outside the data root", brief(path))
         info = info or os.stat(full)
-    except (FileNotFoundError, NotADirectoryError): raise Bad("missing file", _brief(path)) from None
-    except (OSError, ValueError) as e: raise Bad("unreadable file", f"{_brief(path)}: {getattr(e, 'strerror', None) or e}") from None
-    if stat.S_ISDIR(info.st_mode): raise Bad("not a file", f"{_brief(path)} is a folder")
-    if not stat.S_ISREG(info.st_mode): raise Bad("not a file", f"{_brief(path)} is a device, pipe or socket")
-    if not info.st_size: raise Bad("empty file", _brief(path))
+    except (FileNotFoundError, NotADirectoryError): raise Bad("missing file", brief(path)) from None
+    except (OSError, ValueError) as e: raise Bad("unreadable file", f"{brief(path)}: {getattr(e, 'strerror', None) or e}") from None
+    if stat.S_ISDIR(info.st_mode): raise Bad("not a file", f"{brief(path)} is a folder")
+    if not stat.S_ISREG(info.st_mode): raise Bad("not a file", f"{brief(path)} is a device, pipe or socket")
+    if not info.st_size: raise Bad("empty file", brief(path))
     return full
 
-# %% ../nbs/02_data.ipynb #02-data-060
+# %% ../nbs/02_data.ipynb #02-data-019
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")   # no format that starts another program
 MAX_PIXELS = 89_478_485   # Pillow's own figure: a quarter of a gigabyte of 24-bit pixels
 
@@ -512,7 +144,7 @@ def strict_pillow():
             yield
     finally: ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
-# %% ../nbs/02_data.ipynb #02-data-062
+# %% ../nbs/02_data.ipynb #02-data-021
 _starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6",
            b"\0\0\0\x0cjP  ", b"\xffO\xffQ")
 
@@ -538,7 +170,7 @@ def _gif_ends(data: bytes) -> bool:
     except IndexError: return False
     return True
 
-# %% ../nbs/02_data.ipynb #02-data-063
+# %% ../nbs/02_data.ipynb #02-data-022
 class Picture(NamedTuple):
     "What the gate saw of a picture."
     width: int
@@ -557,7 +189,7 @@ def _first_look(im, size: int, max_pixels: int) -> Picture:
     width, height = (im.height, im.width) if lying else im.size
     return Picture(width, height, im.format or "", im.mode, size)
 
-# %% ../nbs/02_data.ipynb #02-data-064
+# %% ../nbs/02_data.ipynb #02-data-023
 def decode(
     data: bytes,  # the whole file
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
@@ -572,7 +204,7 @@ def decode(
             if measure: seen = Picture(*seen[:5], *measure(im))
             _later_frames(im, max_pixels)
     except Bad: raise
-    except Exception as e: raise Bad("truncated or damaged image", _brief(str(e)) if "0x" not in str(e) else "") from e
+    except Exception as e: raise Bad("truncated or damaged image", brief(str(e)) if "0x" not in str(e) else "") from e
     if not _has_end(data): raise Bad("truncated or damaged image", "its end is missing")
     return seen
 
@@ -583,7 +215,7 @@ def _later_frames(im, max_pixels: int):
         im.seek(i)
         im.load()
 
-# %% ../nbs/02_data.ipynb #02-data-066
+# %% ../nbs/02_data.ipynb #02-data-025
 def header(
     file: str | bytes,  # the path of a file, or its content
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
@@ -596,13 +228,13 @@ def header(
     except Bad: raise
     except Exception as e:
         if len(data) < size: return header(Path(file).read_bytes(), max_pixels)
-        raise Bad("truncated or damaged image", _brief(str(e)) if "0x" not in str(e) else "") from e
+        raise Bad("truncated or damaged image", brief(str(e)) if "0x" not in str(e) else "") from e
 
 def _head(path: str, length: int = 1 << 14) -> tuple[bytes, int]:
     "The first bytes of a file, and its size."
     with open(path, "rb", buffering=0) as f: return f.read(length), os.fstat(f.fileno()).st_size
 
-# %% ../nbs/02_data.ipynb #02-data-072
+# %% ../nbs/02_data.ipynb #02-data-031
 def as_seen(im):
     "An image as people see it, in RGB: first frame, turned upright, transparency on white, 8 bits."
     import numpy as np
@@ -619,14 +251,14 @@ def open_picture(source: str | Path | bytes | io.BytesIO):
     "The picture in a file, or in a file's content, as people see it; see `as_seen`."
     with _open(source) as im: return as_seen(im)
 
-# %% ../nbs/02_data.ipynb #02-data-073
+# %% ../nbs/02_data.ipynb #02-data-032
 def _from_lab(im):
     "An image in Lab colours as RGB, which Pillow's own `convert` cannot do."
     from PIL import ImageCms
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.applyTransform(im, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))
 
-# %% ../nbs/02_data.ipynb #02-data-076
+# %% ../nbs/02_data.ipynb #02-data-035
 @dataclass(repr=False)
 class GateResult:
     "Accepted and rejected rows, and what was seen of the pictures of the accepted ones."
@@ -647,14 +279,14 @@ class GateResult:
     def __repr__(self): return repr(show_table(self.table()))
     def _repr_html_(self): return show_table(self.table())._repr_html_()
 
-# %% ../nbs/02_data.ipynb #02-data-077
+# %% ../nbs/02_data.ipynb #02-data-036
 def _rows_of(source: str | Path | Iterable) -> Iterator[tuple[object, str]]:
     "Rows with their problem (or an empty string) from a file or folder in any format, or from any iterable of rows."
     if isinstance(source, (str, os.PathLike)): return iter_rows(source)
     if isinstance(source, (dict, bytes)): raise TypeError(f"rows or the path of a file are expected, not one {type(source).__name__}")
     return ((row, "") for row in source)
 
-# %% ../nbs/02_data.ipynb #02-data-078
+# %% ../nbs/02_data.ipynb #02-data-037
 _base64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _base64_starts = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
 
@@ -668,9 +300,9 @@ def embedded(image: object) -> tuple[object, bytes | None]:
     text = image.partition(",")[2] if image.startswith("data:") else image
     if not image.startswith("data:") and not _base64.fullmatch(text): return image, None
     try: return None, base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as e: raise Bad("bad base64", _brief(str(e))) from None
+    except ValueError as e: raise Bad("bad base64", brief(str(e))) from None
 
-# %% ../nbs/02_data.ipynb #02-data-080
+# %% ../nbs/02_data.ipynb #02-data-039
 def look_at(
     image: object,  # as the row gives it
     root: Root,
@@ -681,11 +313,11 @@ def look_at(
     "What there is to see of one picture of a row; raises Bad."
     path, data = embedded(image)
     if data is None:
-        if not isinstance(path, str): raise Bad("image path is not a string", _brief(path))
+        if not isinstance(path, str): raise Bad("image path is not a string", brief(path))
         if not path.strip(): raise Bad("blank image path")
         full = locate(root, path)
     elif not data: raise Bad("empty file", "the picture in the row")
-    name = _brief(path) if data is None else "the picture in the row"
+    name = brief(path) if data is None else "the picture in the row"
     try:
         if not whole: return header(full if data is None else data, max_pixels)
         return decode(_contents(full) if data is None else data, max_pixels, measure)
@@ -698,7 +330,7 @@ def _contents(path: str) -> bytes:
         head = f.read(32)
         return head + f.read() if looks_like_image(head) else head
 
-# %% ../nbs/02_data.ipynb #02-data-081
+# %% ../nbs/02_data.ipynb #02-data-040
 def judge(
     row: object,
     problem: str,  # why the row could not be read, or an empty string
@@ -714,9 +346,9 @@ def judge(
         if not parsed: _check_writable(row)
         return "", text, seen
     except Bad as e: return str(e), "", {}
-    except Exception as e: return f"cannot be checked: {type(e).__name__}: {_brief(str(e))}", "", {}   # a row of Python objects can do anything
+    except Exception as e: return f"cannot be checked: {type(e).__name__}: {brief(str(e))}", "", {}   # a row of Python objects can do anything
 
-# %% ../nbs/02_data.ipynb #02-data-083
+# %% ../nbs/02_data.ipynb #02-data-042
 def iter_gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -731,11 +363,11 @@ def iter_gate(
         while todo := list(islice(rows, batch)):
             with strict_pillow(): verdicts = list(pool.map(lambda t: judge(*t, root, look), todo))
             for (row, _), (reason, _, seen) in zip(todo, verdicts):
-                if not reason and _id_of(row) in taken: reason = f"duplicate id: {_brief(row['id'])}"
+                if not reason and _id_of(row) in taken: reason = f"duplicate id: {brief(row['id'])}"
                 if not reason: taken.add(_id_of(row))
                 yield row, reason, seen
 
-# %% ../nbs/02_data.ipynb #02-data-084
+# %% ../nbs/02_data.ipynb #02-data-043
 def gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -757,46 +389,7 @@ def _with_reason(row: object, reason: str) -> dict:
     "The whole row with its reason; what is no row, or has a reason of its own, is kept under `row`."
     return {**row, "reason": reason} if isinstance(row, dict) and "reason" not in row else {"row": row, "reason": reason}
 
-# %% ../nbs/02_data.ipynb #02-data-085
+# %% ../nbs/02_data.ipynb #02-data-044
 def save_gate(result: GateResult, folder: str | Path) -> list[Path]:
     "Writes accepted.jsonl and rejected.jsonl; returns their paths."
     return [write_dj(Path(folder)/f"{name}.jsonl", getattr(result, name)) for name in ("accepted", "rejected")]
-
-# %% ../nbs/02_data.ipynb #02-data-087
-def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> Path:
-    "Writes rows as Parquet, some at a time, all or nothing; the columns are those of the first `batch` rows."
-    import pyarrow as pa, pyarrow.parquet as pq
-    rows, writer = iter(rows), None
-    with atomic_path(path) as part:
-        try:
-            while todo := list(islice(rows, batch)):
-                try: table = pa.Table.from_pylist(todo, schema=writer and writer.schema)
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as e: raise UserError(f"{path}: a column does not have one type in all rows: {e}") from None
-                if writer is None: writer = pq.ParquetWriter(part, table.schema, compression="zstd")
-                writer.write_table(table)
-            if writer is None: pq.write_table(pa.table({"id": pa.array([], pa.string())}), part)
-        finally:
-            if writer: writer.close()
-    return Path(path)
-
-# %% ../nbs/02_data.ipynb #02-data-088
-def to_llava(row: dict, original: dict | None = None, question: str = "Describe the picture in one sentence.") -> dict:
-    "A caption row as a LLaVA row: the questions of `original` with the caption as last answer, or one question alone."
-    caption, images = caption_of(row["text"]), row.get("images") or []
-    new = {"id": row["id"], **({"image": images[0]} if images else {})}
-    if original is None: return {**new, "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": caption}]}
-    turns = [dict(turn) for turn in original["conversations"]]
-    if not turns or turns[-1]["from"] != "gpt": raise UserError(f"row {row['id']}: its conversation does not end with an answer to put the caption in")
-    turns[-1]["value"] = caption
-    return {**original, **new, "conversations": turns}
-
-def write_llava(path: str | Path, rows: Iterable[dict], originals: Iterable[dict] = ()) -> Path:
-    "Writes rows as one LLaVA list, all or nothing; those with an original of the same id get its questions back."
-    asked, first = {str(row["id"]): row for row in originals if "conversations" in row}, True
-    with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
-        f.write("[")
-        for row in rows:
-            f.write(("\n" if first else ",\n") + _line(row if "conversations" in row else to_llava(row, asked.get(str(row["id"])))))
-            first = False
-        f.write("\n]\n")
-    return Path(path)

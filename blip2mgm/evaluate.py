@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Iterator
 from .answers import Item, Store, answer_key, answer_row, append, decoding, keep_answers, place_of, share, stored_row, told
 from .asking import keep_features, look_up
-from .core import (Config, ConfigError, UserError, data_root, nearest, read_json, read_jsonl, resolve, set_threads, show_path,
-                           track, tree_hash, write_json)
+from .core import Config, ConfigError, UserError, nearest, resolve, set_threads, show_path, tree_hash, write_json
+from .show import track
+from .stage import data_root
 from .looking import by_group, same_answer
 from .models import open_model, open_trained, parts_identity, trained_files
 from .probes import PROBES, Probe, probed, without_picture
-from .tasks import TASKS, Question, majority, mark, summarise, task_of, units
+from .tasks import TASKS, Question, majority, mark, picture_bytes, summarise, task_of
 
 # %% auto #0
-__all__ = ['EvaluateConfig', 'first_pictures', 'ask_about', 'picture_bytes', 'Pictures', 'Model', 'base_of', 'trained_models',
-           'after_stage1', 'Round', 'rounds_of', 'items_of', 'Job', 'answer_each', 'answer', 'jobs_of', 'SoFar',
-           'run_jobs', 'answers_of', 'keep_round', 'rows_of_round', 'probe_scores', 'evaluate', 'Asked',
-           'evaluate_model', 'model_rows', 'read_answers', 'answered_units', 'score_matrix', 'main_scores',
-           'score_rows', 'type_rows', 'plot_by_type', 'choose', 'answer_gallery', 'conclusion']
+__all__ = ['EvaluateConfig', 'first_pictures', 'ask_about', 'Pictures', 'Model', 'base_of', 'trained_models', 'after_stage1',
+           'Round', 'rounds_of', 'items_of', 'Job', 'answer_each', 'answer', 'jobs_of', 'SoFar', 'run_jobs',
+           'answers_of', 'keep_round', 'rows_of_round', 'probe_scores', 'evaluate', 'moved_answers', 'Asked',
+           'evaluate_model']
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-006
 @dataclass
@@ -65,10 +65,6 @@ def ask_about(root: Path, cfg) -> dict[str, list[Question]]:
     return out
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-011
-def picture_bytes(q: Question) -> bytes:
-    "The encoded picture."
-    return q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes()
-
 class Pictures(dict):
     "Distinct pictures by the hash of their content; `key` says under which one a question's is."
     def __init__(self): super().__init__(); self.known = {}
@@ -298,6 +294,21 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     return result | dict(new=new)
 
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-031
+def moved_answers(cfg: EvaluateConfig, asked: dict, n: int = 60) -> list[dict]:
+    "What the first model answers to about `n` questions in 32 and 16 bits, in batches and one by one: how many answers differ from 32 bits one by one."
+    from blip2mgm.train import FeatureStore
+    first, pictures, look, said = trained_models(cfg)[0], Pictures(), look_up(FeatureStore(resolve(cfg.run)/"evaluate"/"features")), {}
+    items = list(items_of(Round(first, first.arm, asked), pictures, {}).values())
+    some = [(i.prompt, i.picture, i.letters) for i in items[::max(len(items)//n, 1)]]
+    for dtype in ("float32", "bfloat16"):
+        model = open_trained(resolve(cfg.run), first.arm, first.seed, dtype=dtype)
+        for batch in (1, cfg.batch_size):
+            replies = dict(r for rows in model.replies(some, {}, batch, cfg.max_new_tokens, look) for r in rows)
+            said[dtype, batch] = [model.text(replies[i]) for i in range(len(some))]
+    alone = said["float32", 1]
+    return [dict(precision=d, batch=b, answers=len(some), moved=sum(x != y for x, y in zip(told_, alone))) for (d, b), told_ in said.items()]
+
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-033
 @dataclass
 class Asked:
     "What `evaluate_model` is to do."
@@ -312,15 +323,16 @@ class Asked:
     max_new_tokens: int = 128
     device: str = "cpu"
     dtype: str = "float32"
+    bits: int = 0                    # 8 or 4: a hub model's linear layers in so many bits
     num_chunks: int | None = None    # None: as torchrun says, else 1
     chunk_idx: int | None = None
 
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-032
+# %% ../nbs/40_evaluate.ipynb #40-evaluate-034
 def evaluate_model(a: Asked) -> list[dict] | None:
     "Asks one model what its store does not hold; returns the scores, or None while other processes still owe answers."
     asked = ask_about(a.root, a)
     if a.without_pictures: asked = {t: [without_picture(q) for q in qs] for t, qs in asked.items()}
-    model, pictures, how = open_model(a.model, a.device, a.dtype), Pictures(), decoding(a.max_new_tokens)
+    model, pictures, how = open_model(a.model, a.device, a.dtype, a.bits), Pictures(), decoding(a.max_new_tokens)
     r = Round(Model(model.name, 0, model.identity), model.name, asked)
     items, (n, k) = items_of(r, pictures, how), place_of(a.num_chunks, a.chunk_idx)
     store, so_far = Store(a.out, f"{k}of{n}" if n > 1 else ""), SoFar([r], [items])
@@ -338,157 +350,3 @@ def _ask_own(model, store: Store, todo: list[Item], pictures: Pictures, a: Asked
         rows = [stored_row(todo[i], model.text(r), r, model.identity, model.name, decoding(a.max_new_tokens)) for i, r in batch]
         append(store, rows), so_far.add(rows)
         yield from range(len(rows))
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-033
-def model_rows(scores: list[dict], root: Path, out: Path) -> list[dict]:
-    "One row per task: score, majority answer, n and what became of the answers."
-    blind_ = read_json(out/"scores.json")["majority"]
-    return [dict(task=s["task"], score=_percent(s["overall"]), metric=s["metric"], majority=_percent(blind_[s["task"]]["overall"]), n=s["n"], **s["outcomes"],
-                 file=f"{s['task']}/{task_of(s['task']).result}") for s in scores]
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-037
-def read_answers(folder: Path, arm: str, seed: int, task: str) -> list[dict]:
-    "The answers of one model to one task; `folder` is <run>/evaluate."
-    return read_jsonl(Path(folder)/arm/f"seed{seed}"/task/"answers.jsonl")
-
-def answered_units(answers: list[dict]) -> list[dict]:
-    "One row per unit (unit, cluster, kind, score) of the answers to one task."
-    return units([dict(unit=m["unit"], cluster=m["image_id"], kind=m["kind"], score=m["score"]) for m in (a["metadata"] for a in answers)])
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-038
-def score_matrix(
-    folder: Path,                    # <run>/evaluate
-    arm: str,
-    task: str,
-    seeds: list[int] | None = None,  # in this order; None: all there are, ascending
-) -> dict:                           # seeds, units [Q], clusters [Q], kinds [Q], scores [S][Q]
-    "Scores of one arm by seed and unit; UserError if the seeds were not asked the same."
-    seeds = sorted(int(p.name[4:]) for p in (Path(folder)/arm).glob("seed*")) if seeds is None else seeds
-    tables = [answered_units(read_answers(folder, arm, s, task)) for s in seeds]
-    if not tables: raise UserError(f"{show_path(folder)} holds no answers of the arm {arm}")
-    column = lambda name: [u[name] for u in tables[0]]
-    if any([u["unit"] for u in t] != column("unit") for t in tables): raise UserError(f"the seeds of {arm} were not asked the same questions of {task}")
-    return dict(seeds=seeds, units=column("unit"), clusters=column("cluster"), kinds=column("kind"), scores=[[u["score"] for u in t] for t in tables])
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-041
-def _percent(x: float | None) -> float | None: return None if x is None else round(100 * x, 1)
-
-def main_scores(result: dict, task: str) -> list[dict]:
-    "The scores of a task, without those after stage 1."
-    return [s for s in result["scores"] if s["task"] == task and s.get("stage", 2) == 2]
-
-def score_rows(result: dict) -> list[dict]:
-    "One row per arm, seed and task, the majority answer first, in percent."
-    out = []
-    for task, blind in result["majority"].items():
-        for s in [dict(blind, arm="(majority answer)", seed=None), *main_scores(result, task)]:
-            extra = {"vanilla": _percent(s["vanilla"])} if "vanilla" in s else {}
-            lost = {k: s["outcomes"][k] for k in ("empty", "unparsed", "truncated", "failed")}
-            out.append(dict(task=task, arm=s["arm"], seed=s["seed"], score=_percent(s["overall"]), metric=s["metric"], n=s["n"], **extra, **lost))
-    return out
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-042
-def type_rows(result: dict, task: str) -> list[dict]:
-    "One row per question type: n, the majority answer's score and each arm's mean over its seeds, in percent."
-    blind, scores = result["majority"][task], main_scores(result, task)
-    arms = list(dict.fromkeys(s["arm"] for s in scores))
-    mean = lambda arm, get: _percent(sum(xs) / len(xs)) if (xs := [get(s) for s in scores if s["arm"] == arm]) else None
-    rows = [dict(type=k, n=b["n"], majority=_percent(b["score"]), **{a: mean(a, lambda s: s["by_type"][k]["score"]) for a in arms}) for k, b in blind["by_type"].items()]
-    return rows + [dict(type="all", n=blind["n"], majority=_percent(blind["overall"]), **{a: mean(a, lambda s: s["overall"]) for a in arms})]
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-046
-def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
-    "One group of bars per question type, one bar per arm."
-    import numpy as np
-    from blip2mgm.train import ARM_COLOURS
-    x, width = np.arange(len(kinds)), .8 / len(arms)
-    for i, arm in enumerate(arms):
-        by_seed = np.array([[100 * s["by_type"][k]["score"] for k in kinds] for s in scores if s["arm"] == arm])      # [S, types]
-        at = x - .4 + width * (i + .5)
-        ax.bar(at, by_seed.mean(0), width * .9, label=arm, color=ARM_COLOURS.get(arm, f"C{i + 4}"), alpha=.75)
-        for row in by_seed: ax.plot(at, row, ".", color="black", ms=3, alpha=.6)
-
-def plot_by_type(result: dict, task: str, ax=None):
-    "Scores by question type and arm beside the majority answer; returns the axes."
-    import matplotlib.pyplot as plt
-    blind, scores = result["majority"][task], main_scores(result, task)
-    kinds, arms = list(blind["by_type"]), list(dict.fromkeys(s["arm"] for s in scores))
-    if ax is None: _, ax = plt.subplots(figsize=(max(5, 1.15 * len(kinds)), 3), layout="constrained")
-    _bars(ax, scores, kinds, arms)
-    ax.hlines([100 * blind["by_type"][k]["score"] for k in kinds], [i - .42 for i in range(len(kinds))], [i + .42 for i in range(len(kinds))], "black", lw=1.5, label="majority answer")
-    ax.set(ylim=(0, 105), ylabel=f"{blind['metric']}, %")
-    ax.set_title(task, loc="left")
-    ax.set_xticks(range(len(kinds)), [f"{k.replace('_', ' ')}\nn={blind['by_type'][k]['n']}" for k in kinds], fontsize=8, rotation=20 if len(kinds) > 6 else 0)
-    ax.legend(fontsize=7, ncols=len(arms) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1, handlelength=1.2)
-    return ax
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-048
-def choose(answers: list[dict], n: int, right: bool) -> list[dict]:
-    "Up to `n` right or wrong answers, taken in turn from the question types, new pictures first."
-    by: dict = {}
-    for a in answers:
-        if (a["metadata"]["score"] >= .5) == right: by.setdefault(a["metadata"]["kind"], []).append(a)
-    out, shown = [], set()
-    while len(out) < n and any(by.values()):
-        for kind in filter(None, by.values()):
-            new = next((i for i, a in enumerate(kind) if a["metadata"]["image_id"] not in shown), 0)
-            out.append(kind.pop(new))
-            shown.add(out[-1]["metadata"]["image_id"])
-    return out[:n]
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-049
-def _truth(q: Question) -> str:
-    "The right answer as people gave it."
-    return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else max(set(q.answers), key=q.answers.count)
-
-def _panel(ax, q: Question, a: dict, right: bool) -> None:
-    "One picture with its question, the answer and the truth."
-    import textwrap
-    from blip2mgm.data import open_picture
-    try: ax.imshow(open_picture(picture_bytes(q)))
-    except Exception: ax.text(.5, .5, "unreadable picture", ha="center")
-    short = lambda text, most: text if len(text) <= most else text[:most - 1] + "…"
-    plain = lambda text: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), 22)[:3])
-    ax.set_title(plain(short(q.question, 62)), fontsize=8)
-    ax.set_xlabel(plain(f"says: {short(a['text'], 34) or '(nothing)'}") + "\n" + plain(f"truth: {short(_truth(q), 34)}"), fontsize=8, color="#1b7837" if right else "#b2182b")
-    ax.set_xticks([]); ax.set_yticks([])
-
-def answer_gallery(questions: list[Question], answers: list[dict], columns: int = 6):
-    "A row of right and a row of wrong answers as a figure."
-    import matplotlib.pyplot as plt
-    known = {q.id: q for q in questions}
-    fig, axes = plt.subplots(2, columns, figsize=(1.75 * columns, 5), layout="constrained", squeeze=False)
-    for row, right in zip(axes, (True, False)):
-        chosen = choose(answers, columns, right)
-        for ax, a in zip(row, chosen): _panel(ax, known[a["question_id"]], a, right)
-        for ax in row[len(chosen):]: ax.set_axis_off()
-    return fig
-
-# %% ../nbs/40_evaluate.ipynb #40-evaluate-051
-def conclusion(result: dict) -> list[str]:
-    "What the scores say, in sentences; whether arms differ is for the report, which knows the uncertainty."
-    out = []
-    for task in result["majority"]:
-        rows = type_rows(result, task)
-        arms, whole = [a for a in list(rows[-1])[3:] if a != "blind"], rows[-1]
-        unseen = f", the same model without the picture {whole['blind']:.1f}" if "blind" in whole else ""
-        out.append(f"{task} ({whole['n']:,} questions, {result['majority'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; the majority answer gets {whole['majority']:.1f}{unseen}.")
-        below = {r["type"]: [a for a in arms if r[a] <= r["majority"]] for r in rows[:-1]}
-        named = ", ".join(f"{k} ({'all arms' if len(v) == len(arms) else ', '.join(v)})" for k, v in below.items() if v)
-        out.append(f"Not above the majority answer on {task}: {named}." if named else f"On {task} every arm is above the majority answer for every question type.")
-    return out + [_lost([s for t in result["majority"] for s in main_scores(result, t)])] + _probed(result.get("probes", []))
-
-def _lost(scores: list[dict]) -> str:
-    "What became of the answers."
-    lost = {k: sum(s["outcomes"][k] for s in scores) for k in ("empty", "unparsed", "truncated", "failed")}
-    return f"Of {sum(s['n_rows'] for s in scores):,} answers, " + ", ".join(f"{v:,} were {k}" for k, v in lost.items()) + "; they count as they are, nothing was put in their place."
-
-def _probed(rows: list[dict]) -> list[str]:
-    "Which corruption hurts most, for each task."
-    out = []
-    for task in dict.fromkeys(r["task"] for r in rows):
-        mine = [r for r in rows if r["task"] == task and r["strength"] == 3]
-        worst = min(mine, key=lambda r: r["score"])
-        clean = next(r["score"] for r in rows if (r["task"], r["arm"], r["kind"]) == (task, worst["arm"], "clean"))
-        out.append(f"Of the spoilt pictures, {worst['kind']} at strength 3 hurts {task} most: {worst['arm']} falls from {100 * clean:.1f} to {100 * worst['score']:.1f} ({worst['n']} questions on {worst['pictures']} pictures).")
-    return out

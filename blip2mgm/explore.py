@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Config, ConfigError, UserError, show_table
+from .core import Config, ConfigError, UserError
+from .show import show_table
 from .data import MAX_PIXELS, Root, embedded, locate, open_picture
-from .lexical import FLAGS, MEASURES, MIN_CHARACTERS, MIN_WORDS, RULES, Corpus
+from .lexical import MIN_CHARACTERS, MIN_WORDS
+from .corpus import FLAGS, MEASURES, RULES, Corpus
 from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, rows_at
 
 # %% auto #0

@@ -18,8 +18,9 @@ from statistics import fmean, median
 
 from fastcore.basics import patch
 
-from .core import UserError, file_hash, inside, read_json, read_jsonl, record_of, result_hash, show_path
-from .data import caption_of, read_dj
+from .core import UserError, file_hash, inside, read_json, read_jsonl, show_path
+from .stage import record_of, result_hash
+from .formats import caption_of, read_dj
 
 # %% ../nbs/81_findings.ipynb #81-findings-005
 class Artefacts:
@@ -83,7 +84,7 @@ def data_rows(
     seed: int = 0,  # of the intervals
 ) -> list[dict]:
     "For each arm with captions: rows, words and characters a caption, size-fair diversity, and the file they were counted in."
-    from blip2mgm.lexical import common_budget, describe
+    from blip2mgm.corpus import common_budget, describe
     files = {arm: name for arm in arms if (name := f"enhance/arms/{arm}/captions.jsonl") in art.names("enhance/arms/*/captions.jsonl")}
     texts = {arm: [caption_of(row["text"]) for row in read_dj(art.path(name))] for arm, name in files.items()}
     words = common_budget(*texts.values(), most=budget)
@@ -184,7 +185,7 @@ def hours_a_model(cost: list[dict]) -> float:
 # %% ../nbs/81_findings.ipynb #81-findings-031
 def score_tables(art: Artefacts, arms: list[str], tasks: list[str]) -> dict[tuple[str, str], dict]:
     "For each task and arm the table of scores with seeds, units, clusters, kinds, and the answer files it was read from."
-    from blip2mgm.evaluate import score_matrix
+    from blip2mgm.scores import score_matrix
     out = {}
     for task in tasks:
         for arm in arms:
@@ -464,7 +465,7 @@ def machine_claims(art: Artefacts, out: dict) -> list[dict]:
 # %% ../nbs/81_findings.ipynb #81-findings-070
 def provenance(art: Artefacts) -> list[dict]:
     "For each stage: when and on what it ran, how long, its code, and the command that repeats it."
-    from blip2mgm.core import notebook_of
+    from blip2mgm.stage import notebook_of
     out, command = [], lambda stage: f"papermill {show_path(notebook_of(stage))} out.ipynb -f {show_path(art.run/stage/'config.yaml')}"
     for stage in STAGES:
         r = art.record(stage)

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from . import pictures as P
-from .core import Config, track, write_json
+from .core import Config, write_json
+from .show import track
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-006
 @dataclass

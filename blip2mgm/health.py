@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Callable, Sequence
 
-from .core import Table, show_table
+from .show import Table, show_table
 
 # %% auto #0
 __all__ = ['SPIKE', 'HISTORY', 'STUDY', 'batch_output', 'Finding', 'findings_table', 'label_view', 'check_samples',

@@ -13,7 +13,7 @@ from .core import UserError, digest, file_hash, read_json, read_yaml, resolve, s
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'FORMS', 'MGMAnswerer', 'mgm_identity', 'parts_identity', 'trained_files', 'open_trained',
-           'open_adapter', 'open_original', 'HubAnswerer', 'hub_replies', 'open_hub', 'open_model']
+           'open_adapter', 'open_original', 'HubAnswerer', 'hub_replies', 'fewer_bits', 'open_hub', 'open_model']
 
 # %% ../nbs/074_models.ipynb #074-models-006
 @dataclass
@@ -41,9 +41,9 @@ def mgm_identity(base: str, adapter_files: list[Path], tokenizer_folder: Path, s
     return dict(weights=base[:16], adapter=digest([[file_hash(p) for p in adapter_files]], 16) if adapter_files else None,
                 processor=digest([words, file_hash(sizes), "pad"], 16), engine=engine_hash())
 
-def parts_identity(folder: Path, base: str, adapter_files: list[Path]) -> dict:
+def parts_identity(folder: Path, base: str, adapter_files: list[Path], dtype: str = "float32") -> dict:
     "The same for a model made of a folder with gemma, clip and convnext."
-    return mgm_identity(base, adapter_files, folder/"gemma", folder/"clip"/"config.json")
+    return mgm_identity(base if dtype == "float32" else digest([base, dtype]), adapter_files, folder/"gemma", folder/"clip"/"config.json")
 
 # %% ../nbs/074_models.ipynb #074-models-008
 def trained_files(place: Path, stage: int = 2) -> list[Path]:
@@ -56,18 +56,21 @@ def open_trained(
     seed: int,
     stage: int = 2,       # 1: as it was after stage 1, without an adapter
     base: str = "",       # hash of the base weights, if it is known already
+    dtype: str = "float32",
 ) -> MGMAnswerer:
     "A model that the training of a run left."
+    import torch
     from blip2mgm.adapters import merge
     from blip2mgm.train import TrainConfig, load_trained, model_folder
     model, tokenizer = load_trained(run, arm, seed, stage)
     folder = model_folder(TrainConfig.from_dict(read_yaml(resolve(run)/"train"/"config.yaml")))
-    identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage))
-    return MGMAnswerer(f"{arm}/seed{seed}", merge(model) if stage == 2 else model, tokenizer, identity)
+    identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage), dtype)
+    return MGMAnswerer(f"{arm}/seed{seed}", (merge(model) if stage == 2 else model).to(getattr(torch, dtype)), tokenizer, identity)
 
 # %% ../nbs/074_models.ipynb #074-models-009
-def open_adapter(folder: Path) -> MGMAnswerer:
+def open_adapter(folder: Path, device: str = "cpu", dtype: str = "float32") -> MGMAnswerer:
     "An adapter folder as `adapters.save` writes it, on the base that it names."
+    import torch
     from blip2mgm.adapters import load, merge
     from blip2mgm.train import TrainConfig, base_model, model_folder
     said = folder.parent.parent/"config.yaml"            # <run>/train/config.yaml of <run>/train/<arm>/seed<k>
@@ -75,8 +78,8 @@ def open_adapter(folder: Path) -> MGMAnswerer:
     cfg = TrainConfig.from_dict(read_yaml(said)) if said.is_file() else TrainConfig(model=config.get("base", "blip2mgm/weights/mgm"))
     model, tokenizer = base_model(cfg)
     base = model_folder(cfg)
-    model = merge(load(model, folder))
-    return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, parts_identity(base, tree_hash(base), trained_files(folder)))
+    model = merge(load(model, folder)).to(device, getattr(torch, dtype))
+    return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, parts_identity(base, tree_hash(base), trained_files(folder), dtype))
 
 def _tokenizer(folder: Path):
     "The folder's tokenizer, without transformers' warning that it does not know the model beside it."
@@ -157,7 +160,18 @@ def _reply(ids: list[int], m: HubAnswerer) -> Reply:
     return Reply([t for t in ids[:end] if t != m.tokenizer.pad_token_id], ended=end is not None)
 
 # %% ../nbs/074_models.ipynb #074-models-016
-def open_hub(name: str, device: str = "cpu", dtype: str = "float32") -> HubAnswerer:
+def fewer_bits(bits: int, dtype: str):
+    "How transformers is to load linear layers in 8 or 4 bits (NF4) and compute with them; None for neither."
+    import importlib.util, torch
+    from transformers import BitsAndBytesConfig
+    if bits not in (0, 4, 8): raise UserError(f"bits is {bits}; it can be 8 or 4, or 0 for the whole precision of dtype")
+    if not bits: return None
+    if not importlib.util.find_spec("bitsandbytes"): raise UserError(f"{bits} bits need the package bitsandbytes: pip install bitsandbytes (0.50.2 is known to work)")
+    if bits == 8: return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
+
+# %% ../nbs/074_models.ipynb #074-models-017
+def open_hub(name: str, device: str = "cpu", dtype: str = "float32", bits: int = 0) -> HubAnswerer:
     "An image-text-to-text model from a transformers folder or from the hub."
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -165,26 +179,29 @@ def open_hub(name: str, device: str = "cpu", dtype: str = "float32") -> HubAnswe
     logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True).to(device).eval()
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True, device_map=device, quantization_config=fewer_bits(bits, dtype)).eval()
     except (OSError, ValueError, KeyError, ImportError) as e: raise UserError(f"{name} cannot be opened as an image-text-to-text model: {str(e).splitlines()[0]}") from None
     folder, version = Path(name), getattr(model.config, "_commit_hash", None)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    weights = digest([[file_hash(f) for f in files], dtype], 16) if files else digest([name, version, dtype], 16)
+    weights = digest([[file_hash(f) for f in files], dtype, bits], 16) if files else digest([name, version, dtype, bits], 16)
     words = [file_hash(f) for f in sorted(folder.glob("*.json"))] if folder.is_dir() else version
     return HubAnswerer(folder.name, model, processor, dict(weights=weights, adapter=None, processor=digest([words, FORMS], 16), engine=engine_hash()))
 
-# %% ../nbs/074_models.ipynb #074-models-020
+# %% ../nbs/074_models.ipynb #074-models-023
 def open_model(
     name: str,                 # a folder, or the id of a model on the hub
     device: str = "cpu",
     dtype: str = "float32",
+    bits: int = 0,             # 8 or 4: linear layers in so many bits
 ):
     "The model that can be asked; UserError if the name is neither a model's folder nor looks like a hub id."
     folder = next((p for p in (Path(name).expanduser().absolute(), resolve(name)) if p.is_dir()), None)
     if folder is None:
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("runs/"): return open_hub(name, device, dtype)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("runs/"): return open_hub(name, device, dtype, bits)
         raise UserError(f"there is no model folder {name}, and it does not look like the id of a model on the hub (owner/name)")
-    if (folder/"adapter_config.json").is_file(): return open_adapter(folder)
-    if not (folder/"config.json").is_file(): raise UserError(f"{show_path(folder)} holds neither adapter_config.json nor config.json: it is no model")
-    if "mgm" in read_json(folder/"config.json").get("model_type", "") or (folder/"weights.safetensors").is_file(): return open_original(folder, device, dtype)
-    return open_hub(str(folder), device, dtype)
+    adapter, config = (folder/"adapter_config.json").is_file(), folder/"config.json"
+    if not adapter and not config.is_file(): raise UserError(f"{show_path(folder)} holds neither adapter_config.json nor config.json: it is no model")
+    ours = adapter or "mgm" in read_json(config).get("model_type", "") or (folder/"weights.safetensors").is_file()
+    if bits and ours: raise UserError(f"{show_path(folder)} is an MGM, which is not loaded in {bits} bits; use dtype bfloat16")
+    if ours: return (open_adapter if adapter else open_original)(folder, device, dtype)
+    return open_hub(str(folder), device, dtype, bits)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 import hashlib, io
 from dataclasses import dataclass, replace
-from pathlib import Path
-from .tasks import LETTER, SHORT, Question
+from .tasks import LETTER, SHORT, Question, picture_bytes
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'WORDINGS', 'OCR_LINE', 'PROBES', 'corrupt', 'reword', 'without_ocr', 'without_picture', 'Probe',
@@ -101,7 +100,7 @@ class Probe:
         if self.kind == "clean": return q
         if self.kind == "wording": return reword(q, self.variant)
         if self.kind == "ocr": return without_ocr(q)
-        return replace(q, image=corrupt(q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes(), self.kind, self.strength))
+        return replace(q, image=corrupt(picture_bytes(q), self.kind, self.strength))
 
 PROBES = [Probe("clean"), *(Probe(k, s) for k in CORRUPTIONS for s in (1, 2, 3)), *(Probe("wording", variant=v) for v in WORDINGS[SHORT]), Probe("ocr", variant="off")]
 

@@ -11,8 +11,10 @@ import os, re, shutil, subprocess, sys, tempfile
 from itertools import chain, takewhile
 from pathlib import Path
 
-from .core import UserError, code_hash, digest, file_hash, read_json, resolve, show_path, track, versions, weights_dir, write_json, write_text
-from .data import caption_of, write_dj
+from .core import UserError, code_hash, digest, file_hash, read_json, resolve, show_path, weights_dir, write_json, write_text
+from .show import track
+from .stage import versions
+from .formats import caption_of, write_dj
 
 # %% ../nbs/091_recipe.ipynb #091-recipe-005
 def operators(recipe:dict) -> list[tuple[str, dict]]:

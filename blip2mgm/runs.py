@@ -9,7 +9,8 @@ __all__ = ['finished_run', 'compare_runs', 'history']
 from pathlib import Path
 from statistics import fmean
 
-from .core import UserError, read_json, record_of, resolve, show_path
+from .core import UserError, read_json, resolve, show_path
+from .stage import record_of
 from .findings import STAGES, Artefacts, score_tables
 from .page import points_text, span_text, task_name
 

@@ -18,7 +18,7 @@ __all__ = ['caption_rows', 'count_labels', 'encode_row', 'encode_rows', 'cut_sha
 # %% ../nbs/05_samples.ipynb #05-samples-006
 def caption_rows(path: Path, prompt: str) -> list[dict]:
     "An arm's captions as LLaVA rows."
-    from blip2mgm.data import caption_of, read_dj
+    from blip2mgm.formats import caption_of, read_dj
     talk = lambda caption: [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": caption}]
     return [dict(id=str(r["id"]), image=r["images"][0], conversations=talk(caption_of(r["text"]))) for r in read_dj(path)]
 

@@ -17,10 +17,13 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import atomic_path, code_hash, read_json, track
-from .data import (MAX_PIXELS, GateResult, Picture, Root, _line, _with_reason, as_seen, caption_of, count_images, count_parquet, files_in, format_of, is_blank,
-                           iter_rows, judge, look_at, numbered_lines, open_picture, parse_line, plain_rows, strict_pillow, unread)
-from .lexical import FLAGS, RULES, Corpus, describe_corpus, join, leaks, length_stats, power_law
+from .core import atomic_path, code_hash, read_json
+from .show import track
+from .data import MAX_PIXELS, GateResult, Picture, Root, _with_reason, as_seen, judge, look_at, open_picture, strict_pillow
+from .formats import (_line, caption_of, count_images, count_parquet, files_in, format_of, is_blank, iter_rows, numbered_lines,
+                              parse_line, plain_rows, unread)
+from .lexical import length_stats
+from .corpus import FLAGS, RULES, Corpus, describe_corpus, join, leaks, power_law
 
 # %% auto #0
 __all__ = ['SIZES', 'FIELDS', 'COLUMNS', 'SHOWN', 'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats',

@@ -16,9 +16,10 @@ from .scorers import (ROTATION, Score, _by, _mean, bleu, gqa_accuracy, gqa_norma
 
 # %% auto #0
 __all__ = ['SHORT', 'TEXTVQA', 'MMBENCH', 'LETTER', 'COCO', 'VQAV2', 'OKVQA', 'OKVQA_KINDS', 'GQA', 'XLSX_COLUMNS', 'TASKS',
-           'OUTCOMES', 'Question', 'question_type', 'textvqa_prompt', 'read_textvqa', 'mmbench_options',
-           'mmbench_prompt', 'read_mmbench', 'read_vqav2', 'read_okvqa', 'read_gqa', 'write_answers', 'write_gqa',
-           'write_mmbench', 'Task', 'task_of', 'mark', 'units', 'summarise', 'score', 'overall_bleu', 'majority']
+           'OUTCOMES', 'Question', 'picture_bytes', 'question_type', 'textvqa_prompt', 'read_textvqa',
+           'mmbench_options', 'mmbench_prompt', 'read_mmbench', 'read_vqav2', 'read_okvqa', 'read_gqa', 'write_answers',
+           'write_gqa', 'write_mmbench', 'Task', 'task_of', 'mark', 'units', 'summarise', 'score', 'overall_bleu',
+           'majority']
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-005
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Question:
     options: dict[str, str] = field(default_factory=dict)   # letter -> text, for multiple choice
     unit: int | None = None          # rows with one unit are right only together; None: the row alone
     extra: dict = field(default_factory=dict)               # what else the benchmark says of it
+
+def picture_bytes(q: Question) -> bytes:
+    "The encoded picture."
+    return q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes()
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-008
 _KINDS = [('yes/no', r'^(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b'),

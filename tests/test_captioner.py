@@ -17,7 +17,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from blip2mgm.captioner import (Captioner, caption_images, load_blip2, opening_ids, pixels, read_picture, shrink, speak, stop_tokens, weights_hash,
                                 with_captions)
 from blip2mgm.core import UserError, project_root
-from blip2mgm.data import text_of
+from blip2mgm.formats import text_of
 
 torch.set_num_threads(1)
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "<image>", "\n"] + [f"w{i}" for i in range(60)]

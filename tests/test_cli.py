@@ -13,10 +13,13 @@ import pytest
 from conftest import PYTHON
 
 from blip2mgm import cli, core
+from blip2mgm.runner import leftovers
 from blip2mgm.core import Config
 
 STAGE = """
-from blip2mgm.core import Stage, write_json, read_json, track, UserError
+from blip2mgm.core import write_json, read_json, UserError
+from blip2mgm.show import track
+from blip2mgm.stage import Stage
 from types import SimpleNamespace
 import os, time
 cfg = SimpleNamespace(run=run, n=n)
@@ -227,7 +230,7 @@ def test_stopped_and_started_again(small, capsys, how, status):
     assert process.returncode == status and "Traceback" not in err
     if how != signal.SIGKILL: assert "the same command goes on from there" in err
     assert run(capsys, "run", "small")[0] == 0
-    assert cli.leftovers(small / "runs/small") == [] and core.read_json(small / "runs/small/two/sum.json") == 13
+    assert leftovers(small / "runs/small") == [] and core.read_json(small / "runs/small/two/sum.json") == 13
 
 
 def test_progress_is_shown(small):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import PYTHON, ROOT
 
-from blip2mgm import core
-from blip2mgm.core import Config, ConfigError, Stage, UserError
+from blip2mgm import core, show, stage as stages
+from blip2mgm.core import Config, ConfigError, UserError
+from blip2mgm.stage import Stage
 
 
 @dataclass
@@ -109,9 +110,9 @@ def test_data_cannot_name_files_outside(tmp_path, bad):
 
 
 def test_table_escapes_everything():
-    t = core.show_table([{"<b>": "<img src=x onerror=alert(1)>", "y": "&"}])
+    t = show.show_table([{"<b>": "<img src=x onerror=alert(1)>", "y": "&"}])
     assert "<img" not in t._repr_html_() and "<b>" not in t._repr_html_() and "&amp;" in t._repr_html_()
-    assert repr(core.show_table([])) == ""
+    assert repr(show.show_table([])) == ""
 
 
 def finished(run, n=1, name="first"):
@@ -124,18 +125,18 @@ def finished(run, n=1, name="first"):
 
 def test_a_result_stands_until_something_changes(tmp_path):
     cfg = finished(tmp_path)
-    assert core.stale("first", cfg) is None
-    assert core.stale("first", Sample(run=str(tmp_path), seeds=9)) == "config changed"
+    assert stages.stale("first", cfg) is None
+    assert stages.stale("first", Sample(run=str(tmp_path), seeds=9)) == "config changed"
     (tmp_path / "first" / "out" / "n.json").write_text("7")
-    assert "n.json" in core.stale("first", cfg)
+    assert "n.json" in stages.stale("first", cfg)
     (tmp_path / "first" / "out" / "n.json").unlink()
-    assert "n.json" in core.stale("first", cfg)
+    assert "n.json" in stages.stale("first", cfg)
 
 
 def test_a_run_folder_can_be_moved(tmp_path):
     finished(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    assert core.stale("first", Sample(run=str(tmp_path / "b"), seeds=1)) is None
+    assert stages.stale("first", Sample(run=str(tmp_path / "b"), seeds=1)) is None
 
 
 def test_a_later_stage_notices_an_earlier_one(tmp_path):
@@ -143,11 +144,11 @@ def test_a_later_stage_notices_an_earlier_one(tmp_path):
     stage = Stage("second", cfg)
     assert stage.upstream("first") == tmp_path / "first"
     stage.finish()
-    assert core.stale("second", cfg) is None
+    assert stages.stale("second", cfg) is None
     finished(tmp_path, n=1)  # again, with the same result
-    assert core.stale("second", cfg) is None
+    assert stages.stale("second", cfg) is None
     finished(tmp_path, n=2)
-    assert core.stale("second", cfg) == "first changed"
+    assert stages.stale("second", cfg) == "first changed"
 
 
 def test_an_unfinished_stage_is_no_upstream(tmp_path):
@@ -164,9 +165,9 @@ def test_a_file_named_by_a_parameter_counts(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a")
     cfg = Named(run=str(tmp_path / "run"), recipe=str(tmp_path / "recipe.yaml"))
     Stage("named", cfg).finish()
-    assert core.stale("named", cfg) is None
+    assert stages.stale("named", cfg) is None
     (tmp_path / "recipe.yaml").write_text("b")
-    assert core.stale("named", cfg) == "files changed"
+    assert stages.stale("named", cfg) == "files changed"
 
 
 def test_data_of_ones_own_counts(tmp_path):
@@ -174,10 +175,10 @@ def test_data_of_ones_own_counts(tmp_path):
     core.write_jsonl(data / "captions.jsonl", [{"id": 1}])
     cfg = Sample(run=str(tmp_path / "run"), data=str(data))
     Stage("first", cfg).finish()
-    assert core.stale("first", cfg) is None
+    assert stages.stale("first", cfg) is None
     core.write_jsonl(data / "captions.jsonl", [{"id": 2}])
-    assert core.stale("first", cfg) == "data changed"
-    with pytest.raises(UserError, match="not there"): core.data_root(Sample(data=str(tmp_path / "no")))
+    assert stages.stale("first", cfg) == "data changed"
+    with pytest.raises(UserError, match="not there"): stages.data_root(Sample(data=str(tmp_path / "no")))
 
 
 def test_missing_output_is_an_error(tmp_path):
@@ -186,7 +187,7 @@ def test_missing_output_is_an_error(tmp_path):
 
 def test_record_says_what_it_must(tmp_path):
     finished(tmp_path)
-    record = core.record_of(tmp_path, "first")
+    record = stages.record_of(tmp_path, "first")
     assert {"config", "code", "data", "upstream", "outputs", "rows", "start", "seconds", "peak_memory_mib", "versions", "machine"} <= set(record)
     assert record["versions"]["torch"] and record["machine"]["cores"] >= 1 and str(tmp_path) not in json.dumps(record)
 
@@ -210,10 +211,10 @@ def test_code_hash_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
 
 def test_track_writes_the_progress_file(tmp_path, monkeypatch):
     monkeypatch.setenv("BLIP2MGM_PROGRESS", str(tmp_path / "p.json"))
-    assert list(core.track([1, 2, 3], "three things")) == [1, 2, 3]
+    assert list(show.track([1, 2, 3], "three things")) == [1, 2, 3]
     found = core.read_json(tmp_path / "p.json")
     assert (found["step"], found["done"], found["total"]) == ("three things", 3, 3)
-    with pytest.raises(ZeroDivisionError): [1 / 0 for _ in core.track(range(3), "broken")]
+    with pytest.raises(ZeroDivisionError): [1 / 0 for _ in show.track(range(3), "broken")]
 
 
 def test_light_import():

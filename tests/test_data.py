@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from blip2mgm.core import UserError
-from blip2mgm.data import (Bad, caption_of, count_images, count_parquet, decode, gate, header, iter_gate, iter_json, iter_rows, open_picture, parse_line,
-                           plain_rows, read_dj, read_llava, save_gate, strict_pillow, text_of, write_dj, write_llava, write_parquet)
+from blip2mgm.data import Bad, decode, gate, header, iter_gate, open_picture, save_gate, strict_pillow
+from blip2mgm.formats import (caption_of, count_images, count_parquet, iter_json, iter_rows, parse_line, plain_rows, read_dj, read_llava,
+                              text_of, write_dj, write_llava, write_parquet)
 
 
 def picture(format="JPEG", size=(40, 30), mode="RGB", **kw):
@@ -352,7 +353,7 @@ def test_nothing_is_left_unread_after_a_list(tmp_path, name, text, n):
 
 
 def test_lines_and_values_have_a_greatest_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("blip2mgm.data.LONGEST", 1000)
+    monkeypatch.setattr("blip2mgm.formats.LONGEST", 1000)
     (tmp_path / "a.jsonl").write_text('{"id": "a"}\n{"id": "' + "x" * 5000 + '"}\n\n{"id": "b"}')
     rows = list(iter_rows(tmp_path / "a.jsonl"))
     assert [problem.split(":")[0] for _, problem in rows] == ["", "line too long", ""] and len(rows[1][0]["raw"]) < 1100

@@ -16,7 +16,8 @@ import blip2mgm.recipe as recipe_module
 from blip2mgm.arms import ARMS, arm_lines, check_account, fates, lineage_rows, operator_table, rejections, trace, write_arm, write_lineage
 from blip2mgm.changes import caption_sets, change_stats, mentions, shift_rows, with_scenes
 from blip2mgm.core import ConfigError, UserError, project_root, read_json, read_jsonl, read_yaml, weights_dir
-from blip2mgm.data import caption_of, gate, text_of
+from blip2mgm.data import gate
+from blip2mgm.formats import caption_of, text_of
 from blip2mgm.enhance import EnhanceConfig
 from blip2mgm.recipe import dj_fingerprint, environment, filters_only, operators, resolve_recipe, run_recipe, what_failed
 
@@ -32,7 +33,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    from blip2mgm.pictures import ensure_world
+    from blip2mgm.world import ensure_world
     return Path(ensure_world(tmp_path_factory.mktemp("world"), "smoke"))
 
 

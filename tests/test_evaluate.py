@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, yaml
 from PIL import Image, ImageDraw
 from blip2mgm.core import ConfigError, UserError, read_json, read_jsonl, write_json, write_jsonl
-from blip2mgm.evaluate import EvaluateConfig, answer_gallery, ask_about, choose, conclusion, evaluate, plot_by_type, score_matrix, score_rows, type_rows
+from blip2mgm.evaluate import EvaluateConfig, ask_about, evaluate
+from blip2mgm.scores import answer_gallery, choose, conclusion, plot_by_type, score_matrix, score_rows, type_rows
 from blip2mgm.tasks import MMBENCH, TEXTVQA
 
 FIELDS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}

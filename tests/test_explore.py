@@ -11,9 +11,10 @@ from PIL import Image
 from blip2mgm import survey as module
 from blip2mgm.cli import main
 from blip2mgm.core import ConfigError, UserError
-from blip2mgm.data import Picture, gate, text_of, write_dj
+from blip2mgm.data import Picture, gate
+from blip2mgm.formats import text_of, write_dj
 from blip2mgm.explore import ExploreConfig, conclusion, diversity_table, measures, plot_alike, plot_flags, plot_gallery, plot_images, plot_lengths, plot_saturation, plot_words, preview, share_interval
-from blip2mgm.lexical import corpus_of
+from blip2mgm.corpus import corpus_of
 from blip2mgm.survey import Pictures, Seen, alike, analyse, close_pairs, count_rows, explore, fingerprint, image_stats, leakage, measure
 from blip2mgm.tasks import Question
 

@@ -5,8 +5,8 @@ from statistics import fmean
 
 import pytest
 
-from blip2mgm.lexical import (_slices, all_words, boilerplate, common_budget, corpus_of, describe, diversity, frequencies, length_stats, mattr, mtld, ngrams, too_short, ttr,
-                              words)
+from blip2mgm.lexical import all_words, boilerplate, frequencies, length_stats, mattr, mtld, ngrams, too_short, ttr, words
+from blip2mgm.corpus import _slices, common_budget, corpus_of, describe, diversity
 
 
 @pytest.mark.parametrize("text, expected", [

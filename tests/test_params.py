@@ -1,12 +1,12 @@
 """Every parameter file against its dataclass and its notebook's parameters cell."""
 import subprocess
+from dataclasses import MISSING, fields
 
 import pytest
 import yaml
 from conftest import PIPELINE, PYTHON, ROOT, cells
 
 from blip2mgm import cli
-from blip2mgm.core import MISSING, fields
 
 FILES = [f for p in cli.profiles().values() for f in sorted(p.glob("*.y*ml"))]
 STAGES = [s for s in cli.stage_names()]

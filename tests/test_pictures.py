@@ -4,19 +4,19 @@ import base64, csv, io, json
 import pytest
 from PIL import Image
 
-from blip2mgm import pictures as P
+from blip2mgm import pictures as P, world as W
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return P.ensure_world(tmp_path_factory.mktemp("world") / "data", "smoke")
+    return W.ensure_world(tmp_path_factory.mktemp("world") / "data", "smoke")
 
 
 def jsonl(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_same_seed_gives_the_same_files(world, tmp_path):
-    again = P.ensure_world(tmp_path / "data", "smoke")
+    again = W.ensure_world(tmp_path / "data", "smoke")
     for f in sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file()):
         assert (world / f).read_bytes() == (again / f).read_bytes(), f
 
@@ -45,7 +45,7 @@ def test_broken_rows_are_as_many_as_asked(world):
             ok = text is not None and text.count("<__dj__image>") == 1 and world in path.resolve().parents
         except OSError: ok = False
         bad += not ok
-    assert bad == P.PRESETS["smoke"].broken
+    assert bad == W.PRESETS["smoke"].broken
 
 
 def test_textvqa_has_ten_answers_and_pictures(world):
@@ -69,7 +69,7 @@ def test_mmbench_rotations_name_the_same_option(world):
 
 def test_a_half_drawn_world_is_drawn_again(tmp_path):
     part = tmp_path / "data.part"; part.mkdir(); (part / "rubbish").write_text("x")
-    root = P.ensure_world(tmp_path / "data", "smoke")
+    root = W.ensure_world(tmp_path / "data", "smoke")
     assert not part.exists() and not (root / "rubbish").exists()
 
 

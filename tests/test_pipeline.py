@@ -10,8 +10,10 @@ import time
 import pytest
 from conftest import PIPELINE, ROOT, TOOLS
 
-from blip2mgm.cli import leftovers, stage_names
-from blip2mgm.core import read_json, record_of, weights_dir
+from blip2mgm.cli import stage_names
+from blip2mgm.runner import leftovers
+from blip2mgm.core import read_json, weights_dir
+from blip2mgm.stage import record_of
 
 if missing := [s for s in PIPELINE if s not in stage_names()]: pytest.skip(f"stages not written yet: {missing}", allow_module_level=True)
 if not (weights_dir() / "blip2").is_dir(): pytest.skip("the shipped weights are not there yet", allow_module_level=True)

@@ -8,17 +8,21 @@ import nbformat
 import numpy as np
 import pytest
 
-from blip2mgm.core import UserError, data_fingerprint, file_hash, machine, read_json, result_hash, versions, write_json, write_jsonl
-from blip2mgm.data import caption_of, gate, text_of
+from blip2mgm.core import UserError, data_fingerprint, file_hash, read_json, write_json, write_jsonl
+from blip2mgm.stage import machine, result_hash, versions
+from blip2mgm.data import gate
+from blip2mgm.formats import caption_of, text_of
 from blip2mgm.enhance import EnhanceConfig
 from blip2mgm.answers import keep_answers
 from blip2mgm.asking import Reply
 from blip2mgm.evaluate import EvaluateConfig, ask_about
 from blip2mgm.explore import analyse
-from blip2mgm.pictures import ensure_world
+from blip2mgm.world import ensure_world
 from blip2mgm.findings import Artefacts, arm_scores, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
 from blip2mgm.page import banner, gallery, md_table, page_of, report_md, tables_of
-from blip2mgm.report import ReportConfig, build, finish_comparison, freeze_plan, plot_scores, plot_verdict, publish, save_figures, verdict_of, write_comparison
+from blip2mgm.report import build, finish_comparison, publish, save_figures, write_comparison
+from blip2mgm.verdict import plot_scores, plot_verdict, verdict_of
+from blip2mgm.plan import ReportConfig, freeze_plan
 from blip2mgm.runs import compare_runs, history
 from blip2mgm.tasks import Question, majority, mark, summarise
 from blip2mgm.train import TrainConfig

@@ -148,7 +148,7 @@ def test_two_hundred_thousand_vqa_answers_are_scored_in_seconds():
     assert time.process_time() - start < 1                                                                       # a tenth of what may take 10 s
 
 def test_the_world_offers_all_five_tasks(tmp_path):
-    from blip2mgm.pictures import ensure_world
+    from blip2mgm.world import ensure_world
     from blip2mgm.tasks import TASKS
     world = ensure_world(tmp_path/'w', 'smoke')
     asked = {name: t.read(world) for name, t in TASKS.items()}

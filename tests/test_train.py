@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from blip2mgm.core import ConfigError, Stage, UserError, read_json, read_jsonl
+from blip2mgm.core import ConfigError, UserError, read_json, read_jsonl
+from blip2mgm.stage import Stage
 from blip2mgm.health import not_finite
 from blip2mgm.loop import gradients, lr_factor, pieces
 from blip2mgm.samples import FeatureStore, count_labels, encode_rows, sample_order
