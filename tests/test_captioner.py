@@ -126,7 +126,7 @@ def theirs(model, px, asked, stops, **how):
     blip = model.config.model_type == "blip"
     ids = torch.cat([asked.ids, torch.tensor([[1]])], 1) if blip else asked.ids   # BLIP's own code takes the last token off
     ends = {} if blip else {"eos_token_id": sorted(stops)}
-    if blip: model.config.text_config.sep_token_id = sorted(stops)
+    if blip: model.config.text_config.sep_token_id = max(stops)   # it takes one only
     with torch.no_grad():
         out = model.generate(pixel_values=px, input_ids=ids.repeat(n, 1), max_new_tokens=20, do_sample=False, **ends, **how, **more)
     return out[:, 1 if speech_model(model).config.is_encoder_decoder else asked.ids.shape[1]:].tolist()
@@ -139,7 +139,8 @@ def test_equals_generate(folder, pictures):
     model, processor = load_model(folder)
     px, asked, start = begin(model, processor, pictures[:9])
     endless, _ = speak(model, start, set(), 20)
-    stops = {1, endless[0][6], endless[1][11]}   # so that captions end at different steps
+    blip = model.config.model_type == "blip"
+    stops = {endless[0][6]} if blip else {1, endless[0][6], endless[1][11]}   # so that captions end at different steps
     said, _ = speak(model, begin(model, processor, pictures[:9])[2], stops, 20)
     expected = theirs(model, px, asked, stops, num_beams=1)
     assert padded(said, expected) == expected
@@ -178,11 +179,11 @@ def compare(folder, pictures, batches, **how):
 
 @pytest.mark.parametrize("how", [{}, {"seed": 5, "temperature": .4}, {"prompts": ["w7 w8"]}, SEVERAL])
 def test_same_caption_in_any_company(opt, pictures, how):
-    compare(opt, pictures, (7, 32), **how)
+    compare(opt, pictures[:16] if how is SEVERAL else pictures, (7, 32), **how)
 
 
 def test_same_caption_in_any_company_by_every_family(folder, pictures):
-    compare(folder, pictures[:9], (7,), **SEVERAL)
+    compare(folder, pictures[:6], (4,), **SEVERAL)
 
 
 def test_beams_in_any_company(opt, pictures):
