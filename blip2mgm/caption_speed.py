@@ -28,6 +28,7 @@ def enlarged(folder: Path) -> Path:
     model.save_pretrained(folder), processor.save_pretrained(folder)
     return folder
 
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-008
 def middle_sized(folder: Path) -> Path:
     "A random BLIP-2 of middle size"
     import torch
@@ -44,7 +45,7 @@ def middle_sized(folder: Path) -> Path:
     processor.save_pretrained(folder)
     return folder
 
-# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-009
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-010
 def stock(folder, paths, size):
     "Data-Juicer's captioner"
     from data_juicer.ops.mapper.image_captioning_mapper import ImageCaptioningMapper
@@ -56,6 +57,7 @@ def stock(folder, paths, size):
             op.process_batched({"text": [text_of("x")] * len(some), "images": [[p] for p in some]})
     return write
 
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-011
 def ours(folder, paths, size, **how):
     "This project's captioner"
     from blip2mgm.captioner import Captioner
@@ -74,7 +76,7 @@ def bare(folder, paths, size):
             processor.batch_decode(said, skip_special_tokens=True)
     return write
 
-# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-010
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-012
 WAYS = {"stock, as in the study": stock, "stock": stock, "ours, same text": lambda *a: ours(*a, max_new_tokens=128, seed=0), "generate": bare, "ours": lambda *a: ours(*a, max_new_tokens=72)}
 
 def timed(way: str, folder: str, paths: list[str], size: int) -> dict:
@@ -88,6 +90,7 @@ def timed(way: str, folder: str, paths: list[str], size: int) -> dict:
     write(paths)
     return {"rate": len(paths) / (time.process_time() - start)}
 
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-013
 CHILD = "import json, sys\nfrom blip2mgm.caption_speed import timed\nprint('RESULT', json.dumps(timed(*json.loads(sys.argv[1]))))"
 
 def measured(folder: Path, paths: list[str], sizes: list[int]) -> list[dict]:
@@ -102,13 +105,14 @@ def measured(folder: Path, paths: list[str], sizes: list[int]) -> list[dict]:
         out.append({"way": way, "pictures": len(paths), "best batch": size, "captions a CPU second": round(rate, 2), "peak MiB": round(memory)})
     return out
 
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-014
 def ratios(rows: list[dict]) -> dict[str, float]:
     "What is asked of the captioner, as ratios of one run"
     rate = {r["way"]: r["captions a CPU second"] for r in rows}
     return {"ours / stock as in the study": round(rate["ours"] / rate["stock, as in the study"], 1), "ours / stock, same text": round(rate["ours, same text"] / rate["stock"], 2),
             "ours / generate": round(rate["ours"] / rate["generate"], 2)}
 
-# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-015
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-019
 ENHANCE = """import json, sys
 from blip2mgm.core import read_json
 from blip2mgm.recipe import run_recipe
@@ -124,6 +128,7 @@ def enhance(task: Path, out: Path, seconds: float | None = None) -> float:
     if seconds is None and process.returncode: raise UserError(f"the enhancement failed: see {out.parent}")
     return time.monotonic() - start
 
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-020
 def interrupted(rows: list[dict], world: Path, recipe: dict, folder: Path, kills: int, seed: int = 0) -> dict:
     "Whether an enhancement that was killed `kills` times ends in the undisturbed one's result"
     from blip2mgm.mapper import lately
@@ -138,7 +143,7 @@ def interrupted(rows: list[dict], world: Path, recipe: dict, folder: Path, kills
     same = (folder/"calm/dj/job/rows.jsonl").read_bytes() == (folder/"killed/dj/job/rows.jsonl").read_bytes()
     return {"rows": len(rows), "undisturbed, s": round(whole, 1), "killed": kills, "captions after each": " ".join(map(str, written)), "last run, s": round(last, 1), "same result": same, "captions written": lately(folder/"killed"/MEMORY)[0]}
 
-# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-018
+# %% ../nbs/91_caption_speed.ipynb #91-caption-speed-023
 def million(shipped: list[dict], larger: list[dict], bytes_a_row: float, workers=(1, 16, 64), rows: int = 10**6) -> list[dict]:
     "Hours, memory and disk for `rows` rows"
     out = []
