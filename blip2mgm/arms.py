@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ARMS', 'seen_rows', 'between', 'fates', 'rejections', 'check_account', 'operator_table', 'raw_lines', 'unfiltered',
            'random_lines', 'mixed_lines', 'worst_half_lines', 'shuffled_lines', 'arm_lines', 'write_arm',
-           'lineage_rows', 'write_lineage', 'trace']
+           'write_shards', 'lineage_rows', 'write_lineage', 'trace']
 
 # %% ../nbs/092_arms.ipynb #092-arms-002
-import random
+import json, random
 from collections import Counter
 from pathlib import Path
 
 from .core import UserError, read_jsonl, show_path, write_jsonl
-from .formats import caption_of, text_of, write_dj
+from .data import caption_of, text_of, write_dj, write_parquet
 from .recipe import CAPTIONER, operators
 
 # %% ../nbs/092_arms.ipynb #092-arms-005
@@ -45,7 +45,7 @@ def _fate(row, status, by, seen) -> dict:
     if said.startswith("error"): status, by = "rejected", f"captioner {said}"
     stats = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in (seen.get("__dj__stats__") or {}).items() if v is not None}
     return {"id": str(row["id"]), "status": status, "by": by, "raw_caption": caption_of(row["text"]), "final_caption": seen.get("caption"),
-            "caption_status": said or None, "stats": stats}
+            "caption_status": said or None, "stats": stats} | ({"drafts": json.loads(seen["caption_drafts"])} if seen.get("caption_drafts") else {})
 
 # %% ../nbs/092_arms.ipynb #092-arms-008
 def rejections(rejected:list[dict]) -> list[dict]:
@@ -138,13 +138,26 @@ def arm_lines(
     for found in made.values(): check_account(found, len(rows) + len(rejected))
     return made
 
-def write_arm(folder: Path, rows: list[dict], lines: list[dict]) -> int:
+def write_arm(
+    folder: Path,
+    rows: list[dict],   # that passed the gate
+    lines: list[dict],  # the arm's lineage
+    shard: int = 0,     # rows a Parquet file in shards/; 0 writes none
+) -> int:
     "captions.jsonl with the rows an arm keeps and lineage.jsonl with all; returns how many it keeps"
     final = {line["id"]: line["final_caption"] for line in lines if line["status"] == "kept"}
     kept = [r if (c := final[str(r["id"])]) == caption_of(r["text"]) else r | {"text": text_of(c, len(r["images"]))} for r in rows if str(r["id"]) in final]
     write_dj(Path(folder)/"captions.jsonl", kept)
     write_jsonl(Path(folder)/"lineage.jsonl", lines)
+    write_shards(Path(folder)/"shards", kept, shard)
     return len(kept)
+
+def write_shards(folder: Path, rows: list[dict], size: int) -> list[Path]:
+    "Parquet files with `size` rows each, in order, in place of those that were there; none if `size` is 0"
+    from shutil import rmtree
+    rmtree(folder, ignore_errors=True)
+    n = -(-len(rows) // size) if size else 0
+    return [write_parquet(folder/f"{k:05}-of-{n:05}.parquet", rows[k * size:(k + 1) * size]) for k in range(n)]
 
 # %% ../nbs/092_arms.ipynb #092-arms-023
 def lineage_rows(recipe: dict, lines: list[dict], arms: dict[str, list[dict]], agreement: dict | None = None) -> list[dict]:
@@ -152,7 +165,7 @@ def lineage_rows(recipe: dict, lines: list[dict], arms: dict[str, list[dict]], a
     names = [name for name, _ in operators(recipe)]
     captions = {arm: {line["id"]: line["final_caption"] for line in found if line["status"] == "kept"} for arm, found in arms.items()}
     return [{"id": line["id"], "status": line["status"], "by": line["by"], "raw_caption": line["raw_caption"], "new_caption": line["final_caption"], "caption_status": line.get("caption_status"),
-             "agreement": (agreement or {}).get(line["id"]), "operators": _decisions(names, line), "measured": {k: float(v) for k, v in (line.get("stats") or {}).items() if isinstance(v, (int, float))},
+             "agreement": (agreement or {}).get(line["id"]), "drafts": [{k: d[k] for k in ("text", "prompt", "score")} for d in line.get("drafts", [])], "operators": _decisions(names, line), "measured": {k: float(v) for k, v in (line.get("stats") or {}).items() if isinstance(v, (int, float))},
              "in": {arm: said[line["id"]] for arm, said in captions.items() if line["id"] in said}} for line in lines]
 
 def _decisions(names, line) -> dict[str, str]:
@@ -167,7 +180,8 @@ def write_lineage(path: Path, rows: list[dict]) -> Path:
     import pyarrow as pa, pyarrow.parquet as pq
     from blip2mgm.core import atomic_path
     text, pairs = pa.string(), lambda v: pa.map_(pa.string(), v)
-    schema = pa.schema([*((n, text) for n in ("id", "status", "by", "raw_caption", "new_caption", "caption_status")), ("agreement", pa.float64()),
+    draft = pa.struct([("text", text), ("prompt", pa.int64()), ("score", pa.float64())])
+    schema = pa.schema([*((n, text) for n in ("id", "status", "by", "raw_caption", "new_caption", "caption_status")), ("agreement", pa.float64()), ("drafts", pa.list_(draft)),
                         ("operators", pairs(text)), ("measured", pairs(pa.float64())), ("in", pairs(text))])
     flat = [r | {k: list(r[k].items()) for k in ("operators", "measured", "in")} for r in rows]
     with atomic_path(path) as part: pq.write_table(pa.Table.from_pylist(flat, schema), part, compression="zstd")
@@ -190,7 +204,8 @@ def _steps(r: dict) -> list[dict]:
     gate = [("gate", "accepted" if r["operators"] else f"rejected: {r['by']}"), ("raw caption", r["raw_caption"])]
     if r["agreement"] is not None: gate.append(("its agreement with the picture, nats a word piece", f"{r['agreement']:.2f}"))
     new = [("new caption", r["new_caption"])] if r["new_caption"] else []
+    drafts = [(f"draft, prompt {d['prompt'] + 1}" + (f", score {d['score']:.2f}" if d["score"] is not None else ""), d["text"]) for d in r["drafts"]]
     measured = [(f"measured {name}", f"{value:g}") for name, value in r["measured"]]
     ways = [(name, what + (f": {r['by'].removeprefix('captioner error: ')}" if what == "failed" else "")) for name, what in r["operators"]]
     arms = [(f"trained on in {arm}", said) for arm, said in r["in"]] if r["operators"] else []
-    return [{"step": step, "what": what} for step, what in [*gate, *ways[:1], *new, *ways[1:], *measured, *arms]]
+    return [{"step": step, "what": what} for step, what in [*gate, *ways[:1], *drafts, *new, *ways[1:], *measured, *arms]]

@@ -23,7 +23,7 @@ class EnhanceConfig(Config):
     "Parameters of the enhancement."
     run: str = "runs/smoke"  # folder of the run
     data: str = "pictures/smoke"  # an embedded picture world (pictures/smoke, pictures/demo) or a folder in the same layout
-    captions: str = "captions.jsonl"  # the rows to enhance: Data-Juicer jsonl in the data folder
+    captions: str = "captions.jsonl"  # the rows to enhance in the data folder: a file, or a folder with shards of them
     recipe: str = "params/recipes/blip2_enhanced.yaml"  # Data-Juicer recipe
     captioner: str = ""  # folder or hub id of a BLIP-2 model that takes the place of the recipe's
     arms: list[str] = field(default_factory=lambda: ["raw", "blip2_filtered", "random", "raw_again"])  # arms to make
@@ -31,11 +31,12 @@ class EnhanceConfig(Config):
     mix: float = 0.5  # share of new captions in the arm mix
     agreement: int = 128  # rows on which image-text agreement is measured before and after
     budget: int = 1000  # words a block when diversity is measured; less if there are too few words
+    shard: int = 0  # rows a Parquet file, where each arm is also to be written as such; 0 writes none
     gallery: int = 4  # pictures shown of the kept and of the dropped rows
     seed: int = 0  # of the arms drawn by chance, the gallery and the intervals
 
     def check(self):
-        for name, least in (("workers", 1), ("budget", 1), ("gallery", 1), ("agreement", 2)):
+        for name, least in (("workers", 1), ("budget", 1), ("gallery", 1), ("agreement", 2), ("shard", 0)):
             if getattr(self, name) < least: raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.mix <= 1: raise ConfigError(f"mix is a share between 0 and 1, not {self.mix}")
         for arm in self.arms:
@@ -123,9 +124,9 @@ def agreements(model, rows: list[dict], captions: dict[str, str], root: Path) ->
 
 def measure_agreement(lines: list[dict], rows: list[dict], root: Path, recipe: dict, cfg: EnhanceConfig) -> dict[str, dict[str, float]]:
     "Agreement by row id of raw and of new captions, on rows drawn by chance; of every raw caption if the arm worst_half needs it; empty where the recipe has no captioner"
-    from blip2mgm.captioner import load_blip2
+    from blip2mgm.speaker import load_model
     if not (name := captioner_of(recipe, cfg.captioner)): return {"raw": {}, "BLIP-2": {}}
-    model = load_blip2(name)
+    model = load_model(name)
     new = {line["id"]: line for line in lines if line.get("final_caption") and line["status"] != "rejected"}
     usable = [r for r in rows if str(r["id"]) in new]
     drawn = random.Random(f"agreement {cfg.seed}").sample(usable, min(cfg.agreement, len(usable)))

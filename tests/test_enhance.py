@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from blip2mgm.core import ConfigError, UserError, project_root, read_json, read_
 from blip2mgm.data import gate
 from blip2mgm.formats import caption_of, text_of
 from blip2mgm.enhance import EnhanceConfig
-from blip2mgm.recipe import dj_fingerprint, environment, filters_only, operators, resolve_recipe, run_recipe, what_failed
+from blip2mgm.mapper import lately
+from blip2mgm.recipe import CAPTIONER, MEMORY, dj_fingerprint, environment, filters_only, operators, resolve_recipe, run_recipe, what_failed
 
 ROOT = project_root()
 RECIPE = ROOT / "params/recipes/blip2_enhanced.yaml"
@@ -237,6 +239,36 @@ def test_reason_of_a_failure(tmp_path):
     assert what_failed(log) == "only\nthis"
 
 
+ENHANCE = """
+import json, sys
+from pathlib import Path
+from blip2mgm.recipe import run_recipe
+rows, recipe = json.loads(Path(sys.argv[1]).read_text())
+run_recipe(rows, sys.argv[2], recipe, sys.argv[3])
+"""
+
+
+@needs_weights
+def test_killed_it_ends_in_the_same(run, gated, world, recipe, tmp_path):
+    "Once as soon as the first captions are written, twice at random; then undisturbed"
+    small = {"model_batch": 2, "batch_size": 4}
+    recipe = recipe | {"process": [{name: p | (small if name == CAPTIONER else {})} for name, p in operators(recipe)]}
+    (tmp_path / "task.json").write_text(json.dumps([gated.accepted, recipe]))
+    for moment in (None, *random.sample(range(1, 9), 2)):
+        started = time.monotonic()
+        owner = subprocess.Popen([sys.executable, "-c", ENHANCE, tmp_path / "task.json", world, tmp_path / "dj"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while owner.poll() is None and (lately(tmp_path / MEMORY)[0] == 0 if moment is None else time.monotonic() < started + moment):
+            time.sleep(.05)
+        owner.kill()
+        owner.wait()
+    written = lately(tmp_path / MEMORY)[0]
+    assert written > 0
+    folder = run_recipe(gated.accepted, world, recipe, tmp_path / "dj")
+    assert (folder / "job/rows.jsonl").read_text() == (run[0] / "job/rows.jsonl").read_text()
+    assert lately(tmp_path / MEMORY)[0] == len(gated.accepted)   # a caption written again would have a new number
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".dj")] == []
+
+
 KILLED = """
 import os, sys, time
 from blip2mgm.recipe import start
@@ -275,3 +307,42 @@ def test_plain_dj_process_takes_the_recipe(world, gated, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for row in read_jsonl(tmp_path / "out/rows.jsonl"):
         assert row["caption_status"] == "ok" and caption_of(row["text"]) == row["caption"]
+
+
+VALID = """
+import json, sys
+from data_juicer.config import init_configs
+from data_juicer.ops import load_ops
+found = []
+for path in sys.argv[3:]:
+    sys.modules.pop("mapper", None)   # Data-Juicer refuses to load a file of operators twice
+    found.append([op._name for op in load_ops(init_configs(["--config", path, "--export_path", sys.argv[2]]).process)])
+json.dump(found, open(sys.argv[1], "w"))   # Data-Juicer takes standard output for its log
+"""
+
+
+@needs_weights
+def test_data_juicer_accepts_every_recipe(tmp_path):
+    paths = sorted((ROOT / "params/recipes").glob("*.yaml"))
+    assert {p.stem for p in paths} == {"basic", "blip2_enhanced", "blip2_enhanced_30k", "data_driven", "mix", "simplified"}
+    done = subprocess.run([sys.executable, "-c", VALID, tmp_path / "found", tmp_path / "out/rows.jsonl", *paths], cwd=ROOT, capture_output=True, text=True, env=environment(2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_json(tmp_path / "found") == [[op for op, _ in operators(read_yaml(p))] for p in paths]
+
+
+def test_basic_recipe_in_plain_dj_process(world, gated, tmp_path):
+    "Its thresholds allow for the special tokens: it keeps what the filters alone keep of the captions"
+    rows, texts = gated.accepted[:6], ["one two three four five words", "one two three four words", "a " * 60, "a " * 61, "six words and a hundred letters" + "x" * 270, "six words and few more letters"]
+    rows = [r | {"text": text_of(t.strip()), "images": [str(world / gated.accepted[-1]["images"][0])]} for r, t in zip(rows, texts)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = [sys.executable, Path(sys.executable).parent / "dj-process", "--config", ROOT / "params/recipes/basic.yaml", "--dataset_path", tmp_path / "in.jsonl", "--export_path", tmp_path / "out/rows.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r["id"] for r in read_jsonl(tmp_path / "out/rows.jsonl")] == [rows[0]["id"], rows[5]["id"]]
+
+
+def test_recipes_share_the_studys_thresholds(recipe):
+    wanted = {k: v for _, p in operators(recipe) for k, v in p.items() if k.startswith(("min_", "max_")) and "tokens" not in k}
+    for name in ("blip2_enhanced_30k", "mix"):
+        found = {k: v for _, p in operators(read_yaml(ROOT / f"params/recipes/{name}.yaml")) for k, v in p.items() if k.startswith(("min_", "max_")) and "tokens" not in k}
+        assert found == wanted
