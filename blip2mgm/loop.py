@@ -21,10 +21,10 @@ __all__ = ['PRECISIONS', 'SCHEDULES', 'pieces', 'computing', 'gradients', 'lr_fa
            'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
 
 # %% ../nbs/06_loop.ipynb #06-loop-008
-def pieces(batch: list[dict], size: int) -> list[list[dict]]:
-    "The batch in pieces of at most `size` samples of similar length."
+def pieces(batch: list[dict], size: int, times: int = 1) -> list[list[dict]]:
+    "The batch in pieces of at most `size` samples of similar length; their number can be divided by `times`, and some are empty if there are not enough samples."
     batch = sorted(batch, key=lambda s: len(s["input_ids"]))
-    n = math.ceil(len(batch)/size)
+    n = math.ceil(len(batch)/size/times)*times
     return [batch[len(batch)*i//n:len(batch)*(i+1)//n] for i in range(n)]
 
 # %% ../nbs/06_loop.ipynb #06-loop-011
@@ -76,17 +76,17 @@ def optimiser(model, cfg: TrainConfig, stage: int):
 # %% ../nbs/06_loop.ipynb #06-loop-020
 class StepLog:
     "A jsonl file with one line per step."
-    def __init__(self, path: Path, stage: int, keep: int = 0):
+    def __init__(self, path: Path, stage: int, keep: int = 0, writes: bool = True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.stage = path, stage
+        self.path, self.stage, self.writes = path, stage, writes
         self.back_to(keep)
 
     def back_to(self, step: int) -> None:
         "Only the steps before `step` stay."
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
         self.rows = [r for r in map(json.loads, lines) if r["step"] < step]
-        write_jsonl(self.path, self.rows)
-        self.file = self.path.open("a", encoding="utf-8")
+        if self.writes: write_jsonl(self.path, self.rows)
+        self.file = self.path.open("a", encoding="utf-8") if self.writes else open(os.devnull, "w")
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def add(self, **row) -> None:
@@ -124,7 +124,7 @@ def checkpoint_tensors(model, opt) -> dict:
     for name, p in trained(model).items():
         out[f"weight/{name}"] = p.detach().contiguous()
         out |= {f"{slot}/{name}": t.contiguous() for slot, t in opt.state.get(p, {}).items()}
-    return out
+    return {name: t.cpu() for name, t in out.items()}
 
 def content_hash(tensors: dict) -> str:
     "Fingerprint of named tensors."
@@ -137,10 +137,9 @@ def checkpoints(folder: Path) -> list[Path]:
     "The checkpoints of a folder, newest first."
     return sorted(Path(folder).glob("checkpoint-*.safetensors"), reverse=True)
 
-def save_checkpoint(folder: Path, model, opt, state: "State", fingerprint: str, keep: int = 2) -> Path:
+def save_checkpoint(folder: Path, tensors: dict, state: "State", fingerprint: str, keep: int = 2) -> Path:
     "Writes a checkpoint whole or not at all, and removes all but the newest `keep`."
     from blip2mgm.adapters import write_tensors
-    tensors = {n: t.cpu() for n, t in checkpoint_tensors(model, opt).items()}
     path = Path(folder)/f"checkpoint-{state.step:07}.safetensors"
     write_tensors(path, tensors, state=json.dumps(asdict(state)), fingerprint=fingerprint, content=content_hash(tensors))
     for old in checkpoints(folder)[keep:]: old.unlink()
@@ -199,6 +198,7 @@ class Run:
     fingerprint: str = ""        # what decides the result: checkpoints of others are not read
     held: list = field(default_factory=list)   # samples that are only looked at
     state: State = field(default_factory=State)
+    writes: bool = True          # whether this process writes the files
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -211,17 +211,25 @@ class Run:
 def go_on(self: Run) -> bool:
     "Takes up the newest sound checkpoint; False if there is none, and the stage begins."
     if found := newest_sound(self.folder, self.fingerprint):
-        put_back(self.model, self.opt, found[0])
-        self.state, self.log = found[1], StepLog(self.folder/"steps.jsonl", self.stage, found[1].step)
+        self.put_back(found[0])
+        self.state, self.log = found[1], StepLog(self.folder/"steps.jsonl", self.stage, found[1].step, self.writes)
         return True
-    for path in checkpoints(self.folder): path.unlink()
-    (self.folder/"events.jsonl").unlink(missing_ok=True)
-    self.log = StepLog(self.folder/"steps.jsonl", self.stage)
+    if self.writes:
+        for path in [*checkpoints(self.folder), self.folder/"events.jsonl"]: path.unlink(missing_ok=True)
+    self.log = StepLog(self.folder/"steps.jsonl", self.stage, 0, self.writes)
     self.keep()
     return False
 
 @patch
-def keep(self: Run) -> None: save_checkpoint(self.folder, self.model, self.opt, self.state, self.fingerprint)
+def tensors(self: Run) -> dict: return checkpoint_tensors(self.model, self.opt)
+
+@patch
+def put_back(self: Run, tensors: dict) -> None: put_back(self.model, self.opt, tensors)
+
+@patch
+def keep(self: Run) -> None:
+    tensors = self.tensors()
+    if self.writes: save_checkpoint(self.folder, tensors, self.state, self.fingerprint)
 
 # %% ../nbs/06_loop.ipynb #06-loop-034
 @patch
@@ -257,7 +265,7 @@ def step(self: Run) -> None:
     if k not in self.state.skipped:
         for g in self.opt.param_groups: g["lr"] = g["peak"]*lr_factor(k, len(self.batches), cfg.warmup, cfg.schedule)*self.state.rate
         loss, tokens, largest, norm = self.compute(self.batches[k])
-        if fault := not_finite(self.model, self.batches[k], self.store, f"stage {self.stage}, step {k}", loss, norm): return self.leave_out(fault)
+        if fault := self.fault(self.batches[k], loss, norm): return self.leave_out(fault)
         if cfg.on_spike == "rewind" and is_spike(loss, [r["loss"] for r in self.log.rows]): return self.take_back(loss)
         self.settle(k, loss)
         row = dict(step=k, loss=loss, tokens=tokens, grad_norm=norm, lr=max(g["lr"] for g in self.opt.param_groups), samples=len(self.batches[k]))
@@ -266,6 +274,12 @@ def step(self: Run) -> None:
     if self.state.step % cfg.checkpoint_every == 0: self.keep()
 
 # %% ../nbs/06_loop.ipynb #06-loop-037
+@patch
+def fault(self: Run, batch: list[dict], loss: float, norm: float) -> Finding | None:
+    "What a loss or gradient that is not finite comes from; None if both are."
+    return not_finite(self.model, batch, self.store, f"stage {self.stage}, step {self.state.step}", loss, norm)
+
+# %% ../nbs/06_loop.ipynb #06-loop-038
 @patch
 def move(self: Run) -> dict[str, float]:
     "The optimiser's step; how far each part moved, as a share of its norm."
@@ -276,10 +290,11 @@ def move(self: Run) -> dict[str, float]:
     moved = norms({k: torch._foreach_sub([p.detach() for p in ps], before[k]) for k, ps in self.parts.items()})
     return {k: moved[k]/max(size[k], 1e-12) for k in moved}
 
-# %% ../nbs/06_loop.ipynb #06-loop-038
+# %% ../nbs/06_loop.ipynb #06-loop-039
 @patch
 def event(self: Run, fault: Finding, done: str) -> None:
     "A line about something out of the ordinary, in a file of its own."
+    if not self.writes: return
     with (self.folder/"events.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps({**asdict(fault), "done": done}) + "\n")
 
 @patch
@@ -290,7 +305,7 @@ def leave_out(self: Run, fault: Finding) -> None:
     if stop: raise UserError(f"{fault.evidence}. The step was not taken: {fault.next}")
     self.state.skipped.append(self.state.step)
 
-# %% ../nbs/06_loop.ipynb #06-loop-040
+# %% ../nbs/06_loop.ipynb #06-loop-041
 @patch
 def take_back(self: Run, loss: float) -> None:
     "Back to the last checkpoint: is it the data, the state, or neither?"
@@ -298,7 +313,7 @@ def take_back(self: Run, loss: float) -> None:
     usual = [r["loss"] for r in self.log.rows]
     found = newest_sound(self.folder, self.fingerprint)
     if found is None: raise UserError(f"stage {self.stage}, step {k}: the loss rose to {loss:.3g}, and there is no sound checkpoint to go back to")
-    put_back(self.model, self.opt, found[0])
+    self.put_back(found[0])
     there = self.loss_here(self.batches[k])
     self.state = State(**{**asdict(now), "step": found[1].step})
     done = self.judge(k, loss, there, usual)
@@ -307,7 +322,7 @@ def take_back(self: Run, loss: float) -> None:
                        f"samples {', '.join(s['id'] for s in self.batches[k][:8])}", "look at the samples" if "data" in done else "lower the learning rate", k), done)
     self.keep()
 
-# %% ../nbs/06_loop.ipynb #06-loop-041
+# %% ../nbs/06_loop.ipynb #06-loop-042
 @patch
 def judge(self: Run, k: int, loss: float, there: float, usual: list[float]) -> str:
     "What to do about a spike at step k, in words; the state is changed accordingly."
@@ -328,7 +343,7 @@ def settle(self: Run, k: int, loss: float) -> None:
         self.event(Finding("spike gone", f"stage {self.stage}, step {k}: loss {loss:.3g} when played again from the checkpoint", "check the machine's memory", k), "the machine: went on")
         self.state.replayed.remove(k)
 
-# %% ../nbs/06_loop.ipynb #06-loop-042
+# %% ../nbs/06_loop.ipynb #06-loop-043
 @patch
 def loss_here(self: Run, batch: list[dict]) -> float:
     "Mean loss over label tokens with the present weights, without dropout."
@@ -340,7 +355,7 @@ def loss_here(self: Run, batch: list[dict]) -> float:
     self.model.train()
     return loss
 
-# %% ../nbs/06_loop.ipynb #06-loop-044
+# %% ../nbs/06_loop.ipynb #06-loop-045
 @patch
 def look(self: Run) -> dict:
     "The loss on held-out samples, when it is due."
@@ -350,8 +365,8 @@ def look(self: Run) -> dict:
     self.state.worse = 0 if better else self.state.worse + 1
     if better:
         from blip2mgm.adapters import write_tensors
-        self.state.best = loss
-        write_tensors(self.folder/"best.safetensors", {n: t.cpu() for n, t in checkpoint_tensors(self.model, self.opt).items()})
+        self.state.best, tensors = loss, self.tensors()
+        if self.writes: write_tensors(self.folder/"best.safetensors", tensors)
     return dict(validation=loss)
 
 @patch
@@ -359,14 +374,14 @@ def over(self: Run) -> bool:
     "Whether all steps are taken, or held-out samples say that it is enough."
     return self.state.step >= len(self.batches) or bool(self.cfg.patience and self.state.worse >= self.cfg.patience)
 
-# %% ../nbs/06_loop.ipynb #06-loop-045
+# %% ../nbs/06_loop.ipynb #06-loop-046
 @patch
 def finish(self: Run) -> None:
     "Ends the stage: the best weights where held-out samples chose them, no checkpoints left."
     best = self.folder/"best.safetensors"
     if self.held and self.cfg.patience and best.is_file():
         from safetensors.torch import load_file
-        put_back(self.model, self.opt, load_file(best))
+        self.put_back(load_file(best))
     self.log.file.close()
     self.model.eval()
 

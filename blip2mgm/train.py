@@ -20,14 +20,14 @@ from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
 
 # %% auto #0
-__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'fill',
-           'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of', 'planned',
-           'hold_out', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker',
-           'Worker', 'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
-           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'check_first', 'train',
-           'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
-           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
-           'plot_signals']
+__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model',
+           'fill', 'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
+           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage', 'stage1', 'stage2', 'train_arm',
+           'close', 'summary', 'readable_log', 'begin_worker', 'Worker', 'Fresh', 'worker_pool', 'seeds_of',
+           'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch',
+           'run_jobs', 'run_shared', 'Trained', 'logs_of', 'check_first', 'train', 'finish', 'load_trained', 'base_of',
+           'check_adapter', 'merge_adapter', 'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd',
+           'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -64,9 +64,17 @@ class TrainConfig(Config):
     on_spike: str = "rewind"  # at a loss three times that of the steps before: rewind to find its cause, or ignore
     held_out: int = 0  # instruction rows that are only looked at, whenever a checkpoint is due
     patience: int = 0  # stage 2 ends when their loss was not lower this many times in a row; 0: never
+    deepspeed: str = ""  # a DeepSpeed file (params/deepspeed holds some): its processes train one adapter together; empty: each trains one of its own
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
+def check_zero(path: str, precision: str) -> None:
+    "Raises ConfigError for a DeepSpeed file that cannot be used."
+    from blip2mgm.parallel import zero_config
+    zero_config(path)
+    if precision == "fp16": raise ConfigError("precision fp16 scales its losses, which DeepSpeed does in another way: with deepspeed, take bf16 or fp32")
+
+# %% ../nbs/30_train.ipynb #30-train-009
 @patch
 def check(self: TrainConfig) -> None:
     "Raises ConfigError for a value that cannot be."
@@ -82,10 +90,11 @@ def check(self: TrainConfig) -> None:
         if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
     for name in ("held_out", "patience"):
         if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+    if self.deepspeed: check_zero(self.deepspeed, self.precision)
     if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
     if self.stage2_samples < 0: raise ConfigError(f"stage2_samples must be 0 (each row once) or more, not {self.stage2_samples}")
 
-# %% ../nbs/30_train.ipynb #30-train-011
+# %% ../nbs/30_train.ipynb #30-train-012
 def model_folder(cfg: TrainConfig) -> Path:
     "The folder with the three trained parts; UserError if one is missing."
     named = cfg.model.removeprefix("blip2mgm/weights/")
@@ -94,7 +103,7 @@ def model_folder(cfg: TrainConfig) -> Path:
         if not (folder/part/"config.json").is_file(): raise UserError(f"{show_path(folder)} holds no {part}: `make foundation` makes the small models")
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-012
+# %% ../nbs/30_train.ipynb #30-train-013
 def base_model(cfg: TrainConfig):
     "The model at step 0 and its tokenizer."
     import torch
@@ -106,7 +115,7 @@ def base_model(cfg: TrainConfig):
     for p in stage1_parameters(model).values(): p.data = p.data.float()
     return model, AutoTokenizer.from_pretrained(folder/"gemma")
 
-# %% ../nbs/30_train.ipynb #30-train-015
+# %% ../nbs/30_train.ipynb #30-train-016
 def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
     "Features of `pictures` into the rows from `start` on; the unit of parallel work."
     import numpy as np
@@ -117,7 +126,7 @@ def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures:
         out.flush()
     return len(pictures)
 
-# %% ../nbs/30_train.ipynb #30-train-016
+# %% ../nbs/30_train.ipynb #30-train-017
 _made = {}
 
 def _model(cfg: TrainConfig):
@@ -126,7 +135,7 @@ def _model(cfg: TrainConfig):
     if key not in _made: _made.clear(); _made[key] = base_model(cfg)[0]
     return _made[key]
 
-# %% ../nbs/30_train.ipynb #30-train-017
+# %% ../nbs/30_train.ipynb #30-train-018
 def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], aspect: str) -> str:
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
@@ -135,7 +144,7 @@ def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], 
 
 
 
-# %% ../nbs/30_train.ipynb #30-train-018
+# %% ../nbs/30_train.ipynb #30-train-019
 def make_features(
     cfg: TrainConfig,
     root: Path,                # data folder
@@ -160,7 +169,7 @@ def make_features(
     write_json(folder/"features.json", dict(fingerprint=fingerprint, aspect=aspect, arrays=list(arrays), pictures=pictures))
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-020
+# %% ../nbs/30_train.ipynb #30-train-021
 @dataclass
 class Job:
     "One arm with one seed."
@@ -176,7 +185,7 @@ class Job:
     def __str__(self): return f"{self.arm} seed {self.seed}"
     def done_file(self, stage: int) -> Path: return Path(self.folder, "stage1", "done.json") if stage == 1 else Path(self.folder, "done.json")
 
-# %% ../nbs/30_train.ipynb #30-train-021
+# %% ../nbs/30_train.ipynb #30-train-022
 def is_done(job: Job, stage: int) -> bool:
     "Whether this stage was finished with all that decides it unchanged."
     done = job.done_file(stage)
@@ -184,20 +193,20 @@ def is_done(job: Job, stage: int) -> bool:
 
 def mark_done(job: Job, stage: int, **facts) -> None: write_json(job.done_file(stage), dict(fingerprint=job.fingerprints[stage], **facts))
 
-# %% ../nbs/30_train.ipynb #30-train-022
+# %% ../nbs/30_train.ipynb #30-train-023
 def steps_of(job: Job, stage: int) -> list[dict]:
     "The step log so far; a line that is still being written is left out."
     path = Path(job.folder, f"stage{stage}", "steps.jsonl")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
-# %% ../nbs/30_train.ipynb #30-train-023
+# %% ../nbs/30_train.ipynb #30-train-024
 def events_of(job: Job, stage: int) -> list[dict]:
     "What happened out of the ordinary: batches left out, spikes and their causes."
     path = Path(job.folder, f"stage{stage}", "events.jsonl")
     return read_jsonl(path) if path.is_file() else []
 
-# %% ../nbs/30_train.ipynb #30-train-024
+# %% ../nbs/30_train.ipynb #30-train-025
 def planned(job: Job, stage: int, n_rows: int) -> tuple[int, int]:
     "Samples and steps of a stage."
     cfg = job.cfg
@@ -211,42 +220,70 @@ def hold_out(cfg: TrainConfig, samples: list[dict], stage: int) -> tuple[list[di
     away = set(sample_order([s["id"] for s in samples], cfg.held_out, "held out"))
     return [s for i, s in enumerate(samples) if i not in away], [samples[i] for i in sorted(away)]
 
-# %% ../nbs/30_train.ipynb #30-train-025
-def run_stage(job: Job, model, stage: int) -> list[dict]:
-    "Trains one stage on the given model; returns its encoded rows."
+# %% ../nbs/30_train.ipynb #30-train-027
+def peers():
+    "torch's `distributed` where this process is one of a group that trains together, else None; torch is not imported for it."
+    torch = sys.modules.get("torch")
+    return torch.distributed if torch and torch.distributed.is_initialized() else None
+
+def writes() -> bool: return not peers() or peers().get_rank() == 0
+
+def together() -> None:
+    "Waits for the others of the group, if there is one."
+    if peers(): peers().barrier()
+
+# %% ../nbs/30_train.ipynb #30-train-028
+def begun(job: Job, stage: int):
+    "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
+    from blip2mgm.adapters import attach, load_projector, read_tensors
+    from blip2mgm.mgm import stage1_parameters
+    cfg, model = job.cfg, base_model(job.cfg)[0]
+    for p in model.parameters(): p.requires_grad_(False)
+    for p in stage1_parameters(model).values(): p.requires_grad_(True)
+    if stage == 1: return model
+    load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
+    return attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+
+# %% ../nbs/30_train.ipynb #30-train-029
+def run_stage(job: Job, stage: int) -> tuple:
+    "Trains one stage; returns the trained model and the encoded rows."
     cfg, rows = job.cfg, read_jsonl(job.samples[stage])
-    job.done_file(stage).unlink(missing_ok=True)
+    if writes(): job.done_file(stage).unlink(missing_ok=True)
     n, size = planned(job, stage, len(rows))[0], cfg.stage1_batch if stage == 1 else cfg.stage2_batch
     samples, held = hold_out(cfg, rows, stage)
     order = sample_order([s["id"] for s in samples], n, job.seed, stage)
     if cfg.grouped: order = group(order, samples, size, job.seed, stage)
     batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
-    Run(model, batches, FeatureStore(job.features[stage]), cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held).run()
-    return rows
+    about = (batches, FeatureStore(job.features[stage]), cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
+    if cfg.deepspeed:
+        from blip2mgm.parallel import ZeroRun
+        run = ZeroRun(None, *about, make=lambda: begun(job, stage))
+    else: run = Run(begun(job, stage), *about)
+    run.run()
+    return run.model, rows
 
-# %% ../nbs/30_train.ipynb #30-train-026
-def stage1(job: Job, model) -> None:
-    "Mining and projector on the arm's captions, or as they were saved."
-    from blip2mgm.adapters import load_projector, projector_tensors, read_tensors, write_tensors
-    from blip2mgm.mgm import stage1_parameters
+# %% ../nbs/30_train.ipynb #30-train-030
+def stage1(job: Job) -> None:
+    "Mining and projector on the arm's captions, unless they were trained before."
+    from blip2mgm.adapters import projector_tensors, write_tensors
     folder = Path(job.folder, "stage1")
-    if is_done(job, 1): return load_projector(model, read_tensors(folder, "projector.safetensors"))
-    job.done_file(2).unlink(missing_ok=True)
-    for p in model.parameters(): p.requires_grad_(False)
-    for p in stage1_parameters(model).values(): p.requires_grad_(True)
-    run_stage(job, model, 1)
-    write_tensors(folder/"projector.safetensors", projector_tensors(model))
-    mark_done(job, 1)
-    clear(folder)
+    if is_done(job, 1): return
+    if writes(): job.done_file(2).unlink(missing_ok=True)
+    model, _ = run_stage(job, 1)
+    if writes():
+        write_tensors(folder/"projector.safetensors", projector_tensors(model))
+        mark_done(job, 1)
+        clear(folder)
+    together()
 
-# %% ../nbs/30_train.ipynb #30-train-027
-def stage2(job: Job, model) -> dict:
+# %% ../nbs/30_train.ipynb #30-train-031
+def stage2(job: Job) -> dict:
     "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
-    from blip2mgm.adapters import attach, check_round_trip, save
+    from blip2mgm.adapters import check_round_trip, save
     from blip2mgm.inputs import collate
     cfg = job.cfg
-    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
-    samples = run_stage(job, model, 2)
+    model, samples = run_stage(job, 2)
+    if not writes(): return {}
     last = steps_of(job, 2)[-1]
     facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps",
              "last loss": f"{last['loss']:.4f}"}
@@ -255,16 +292,19 @@ def stage2(job: Job, model) -> dict:
     batch = dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few]))
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
-# %% ../nbs/30_train.ipynb #30-train-028
+# %% ../nbs/30_train.ipynb #30-train-032
 def train_arm(job: dict) -> dict:
     "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
     job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
     if is_done(job, 2) and is_done(job, 1): return read_json(Path(job.folder, "result.json"))
     try:
-        model = base_model(job.cfg)[0]
-        stage1(job, model)
-        gaps = stage2(job, model)
+        stage1(job)
+        gaps = stage2(job)
     except UserError as e: raise UserError(f"{job}: {e}") from None
+    return close(job, gaps) if writes() else {}
+
+def close(job: Job, gaps: dict) -> dict:
+    "Writes what is left to write when both stages are done."
     result = summary(job, gaps)
     write_text(Path(job.folder, "finetuning.log"), readable_log(job))
     write_json(Path(job.folder, "result.json"), result)
@@ -272,7 +312,7 @@ def train_arm(job: dict) -> dict:
     clear(Path(job.folder, "stage2"))
     return result
 
-# %% ../nbs/30_train.ipynb #30-train-029
+# %% ../nbs/30_train.ipynb #30-train-033
 def summary(job: Job, gaps: dict) -> dict:
     "What is worth knowing of a finished arm and seed."
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
@@ -286,7 +326,7 @@ def summary(job: Job, gaps: dict) -> dict:
             events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-030
+# %% ../nbs/30_train.ipynb #30-train-034
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
@@ -295,7 +335,7 @@ def readable_log(job: Job) -> str:
                      f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/30_train.ipynb #30-train-032
+# %% ../nbs/30_train.ipynb #30-train-036
 def begin_worker(parent: int, stop) -> None:
     "Sets up a worker process: one thread, and an end when its parent ends or says so."
     import threading, warnings
@@ -309,7 +349,7 @@ def begin_worker(parent: int, stop) -> None:
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
-# %% ../nbs/30_train.ipynb #30-train-034
+# %% ../nbs/30_train.ipynb #30-train-038
 class Worker(SpawnProcess):
     "A spawned process that does not run the parent's main script again."
     @staticmethod
@@ -322,7 +362,7 @@ class Worker(SpawnProcess):
 
 class Fresh(SpawnContext): Process = Worker
 
-# %% ../nbs/30_train.ipynb #30-train-036
+# %% ../nbs/30_train.ipynb #30-train-040
 def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
@@ -334,12 +374,12 @@ def worker_pool(workers: int):
     pool.stop = stop
     return pool
 
-# %% ../nbs/30_train.ipynb #30-train-038
+# %% ../nbs/30_train.ipynb #30-train-042
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-040
+# %% ../nbs/30_train.ipynb #30-train-044
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -348,7 +388,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-041
+# %% ../nbs/30_train.ipynb #30-train-045
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -359,7 +399,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-046
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -377,9 +417,9 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-043
+# %% ../nbs/30_train.ipynb #30-train-047
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
-               "micro_batch", "precision", "on_bad", "on_spike")
+               "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
 
 def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, shared: list) -> dict[int, str]:
@@ -389,7 +429,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-044
+# %% ../nbs/30_train.ipynb #30-train-048
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -398,7 +438,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-046
+# %% ../nbs/30_train.ipynb #30-train-050
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -406,7 +446,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-051
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -420,7 +460,7 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-048
+# %% ../nbs/30_train.ipynb #30-train-052
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
@@ -430,6 +470,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
             place = Path(j.folder, f"stage{s}")
             goes_on = newest_sound(place, j.fingerprints[s]) is not None
             if not is_done(j, s) and not goes_on: (place/"steps.jsonl").unlink(missing_ok=True)
+    if todo and todo[0].cfg.deepspeed: return run_shared(jobs, todo, total, draw)
     running = {pool.submit(train_arm, asdict(j)): j for j in todo}
     try:
         for _ in track(watch(running, total, draw), "training", total) if todo else (): pass
@@ -439,7 +480,21 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-054
+def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
+    "As `run_jobs`, with all processes at one job at a time."
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from blip2mgm.parallel import launch
+    stop, pool = threading.Event(), ThreadPoolExecutor(1)
+    try:
+        for _ in track(watch({pool.submit(launch, asdict(j), stop): j for j in todo}, total, draw), "training", total): pass
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    return [read_json(Path(j.folder, "result.json")) for j in jobs]
+
+# %% ../nbs/30_train.ipynb #30-train-056
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -455,7 +510,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-057
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -466,7 +521,7 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-058
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -485,7 +540,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready, found))
     return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-059
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -494,7 +549,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-061
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -512,7 +567,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-063
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -521,7 +576,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-064
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -539,7 +594,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-066
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -549,7 +604,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-067
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -568,7 +623,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-062
+# %% ../nbs/30_train.ipynb #30-train-068
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -583,7 +638,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-070
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -595,14 +650,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-072
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-074
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -614,13 +669,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-069
+# %% ../nbs/30_train.ipynb #30-train-075
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-070
+# %% ../nbs/30_train.ipynb #30-train-076
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -634,14 +689,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-085
+# %% ../nbs/30_train.ipynb #30-train-091
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-088
+# %% ../nbs/30_train.ipynb #30-train-094
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

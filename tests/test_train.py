@@ -253,6 +253,63 @@ def test_killed_inside_a_stage(run, tmp_path, steps, monkeypatch):
     assert tensors(tmp_path) == tensors(run[0]) and not list(tmp_path.rglob("checkpoint-*"))
 
 
+def test_several_processes_give_the_adapter_of_one(run, tmp_path, monkeypatch):
+    """One process is ended after two of four steps; two processes with ZeRO-3, which share every weight, go on from its checkpoint
+    and end where one process would have. Without dropout, whose bits differ from process to process."""
+    import threading
+    from dataclasses import asdict, replace
+
+    import torch
+    from safetensors.torch import load_file
+
+    from blip2mgm import loop
+    from blip2mgm.parallel import launch
+    from blip2mgm.train import is_done, train_arm
+
+    shared = json.loads((ROOT / "params/deepspeed/zero3.json").read_text())
+    shared["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or tensors as small as these would not be shared out
+    (tmp_path / "zero3.json").write_text(json.dumps(shared))
+    same = dict(lora_dropout=0.0, checkpoint_every=1, stage2_batch=3)  # 7 rows: the last batch holds one, so one process is left without
+    one, two = (replace(run[1].jobs[0], cfg=config(run[0], **same, **more), folder=str(tmp_path / to / "raw/seed0"))
+                for to, more in dict(one={}, two=dict(deepspeed=str(tmp_path / "zero3.json"), workers=2)).items())
+    train_arm(asdict(one))
+
+    taken, step = [], loop.Run.step
+
+    def few(self):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(step(self))
+
+    with monkeypatch.context() as m:
+        m.setattr(loop.Run, "step", few)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(asdict(replace(one, folder=two.folder)))
+    launch(asdict(two), threading.Event())
+
+    folders = [Path(j.folder) for j in (one, two)]
+    assert is_done(two, 2) and not list(folders[1].rglob("checkpoint-*")) and not (folders[1] / "processes.log").exists()
+    rows = [[r for s in (1, 2) for r in read_jsonl(f / f"stage{s}/steps.jsonl")] for f in folders]
+    assert len(rows[0]) == 5 and all(abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(*rows, strict=True))
+    for name in ("adapter_model", "non_lora_trainables"):
+        a, b = (load_file(f / f"{name}.safetensors") for f in folders)
+        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_what_several_processes_say_when_they_fail(run, tmp_path, monkeypatch):
+    "The message of the first is the message of the training; a file that cannot be used is refused before anything starts"
+    from blip2mgm import parallel
+
+    monkeypatch.setattr(parallel, "command", lambda *args: [sys.executable, "-c", "print('x\\nblip2mgm: raw seed 0: no disk'); raise SystemExit(1)"])
+    import threading
+
+    with pytest.raises(UserError, match="^raw seed 0: no disk$"):
+        parallel.launch(dict(folder=str(tmp_path), cfg=dict(workers=2)), threading.Event())
+    (tmp_path / "z.json").write_text(json.dumps(dict(zero_optimization=dict(stage=2), bf16=dict(enabled=True))))
+    with pytest.raises(ConfigError, match="sets bf16: leave it out"):
+        config(run[0], deepspeed=str(tmp_path / "z.json"))
+
+
 def test_checking_and_merging_from_the_command_line(run, tmp_path, capsys):
     import torch
 
