@@ -17,17 +17,18 @@ from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, dige
                            resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
 from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
-from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
+from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
 
 # %% auto #0
-__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model',
-           'fill', 'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
-           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage', 'stage1', 'stage2', 'train_arm',
-           'close', 'summary', 'readable_log', 'begin_worker', 'Worker', 'Fresh', 'worker_pool', 'seeds_of',
-           'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch',
-           'run_jobs', 'run_shared', 'Trained', 'logs_of', 'check_first', 'train', 'finish', 'load_trained', 'base_of',
-           'check_adapter', 'merge_adapter', 'smooth', 'plot_bands', 'plot_training', 'LivePlot', 'mean_sd',
-           'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
+__all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'check_zero', 'model_folder',
+           'base_model', 'fill', 'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done',
+           'steps_of', 'events_of', 'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage',
+           'stage1', 'stage2', 'train_arm', 'close', 'summary', 'readable_log', 'begin_worker', 'Worker', 'Fresh',
+           'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs',
+           'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained', 'logs_of', 'check_first',
+           'train', 'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
+           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
+           'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -46,7 +47,7 @@ class TrainConfig(Config):
     stage1_lr: float = 2.0e-3  # of mining and projector in stage 1
     stage2_samples: int = 0  # instruction rows seen; 0: each once
     stage2_batch: int = 32  # instruction rows a step
-    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora or lora+
+    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora, lora+, pissa, adalora or qlora
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale is alpha / r
     lora_dropout: float = 0.1  # share of its inputs dropped
@@ -57,6 +58,7 @@ class TrainConfig(Config):
     clip_norm: float = 1.0  # longer gradients are shortened to this
     grouped: bool = False  # batches of one kind (with or without a picture) and of similar length
     micro_batch: int = 16  # samples computed at a time; the result does not depend on it
+    feature_cache: bool = True  # what the encoders see is computed once and kept on disk; false: anew for each step
     precision: str = "fp32"  # of frozen weights and products: fp32, bf16 or fp16; what is trained stays in 32 bits
     gradient_checkpointing: bool = False  # a third more work for much less memory
     checkpoint_every: int = 50  # steps from one checkpoint to the next
@@ -68,10 +70,13 @@ class TrainConfig(Config):
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
-def check_zero(path: str, precision: str) -> None:
+ADAPTERS = ("lora", "rslora", "dora", "lora+", "pissa", "adalora", "qlora")
+
+def check_zero(path: str, precision: str, adapter: str) -> None:
     "Raises ConfigError for a DeepSpeed file that cannot be used."
     from blip2mgm.parallel import zero_config
     zero_config(path)
+    if adapter in ("adalora", "qlora"): raise ConfigError(f"adapter {adapter} trains in one process: leave deepspeed empty, or take another kind of adapter")
     if precision == "fp16": raise ConfigError("precision fp16 scales its losses, which DeepSpeed does in another way: with deepspeed, take bf16 or fp32")
 
 # %% ../nbs/30_train.ipynb #30-train-009
@@ -85,12 +90,13 @@ def check(self: TrainConfig) -> None:
     for name in ("lora_dropout", "warmup"):
         if not 0 <= getattr(self, name) < 1: raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
     if not self.arms or len(set(self.arms)) < len(self.arms): raise ConfigError(f"arms must name at least one arm, each once: {self.arms}")
-    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=("lora", "rslora", "dora", "lora+"))
+    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=ADAPTERS)
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
     for name in ("held_out", "patience"):
         if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
-    if self.deepspeed: check_zero(self.deepspeed, self.precision)
+    if self.deepspeed and not self.feature_cache: raise ConfigError("deepspeed needs feature_cache: the encoders are not shared among the processes")
+    if self.deepspeed: check_zero(self.deepspeed, self.precision, self.adapter)
     if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
     if self.stage2_samples < 0: raise ConfigError(f"stage2_samples must be 0 (each row once) or more, not {self.stage2_samples}")
 
@@ -140,11 +146,20 @@ def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], 
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
     pictures = [(p, file_hash(inside(root, p))) for p in pictures]
-    return digest([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, code_hash("mgm"), code_hash("samples")])
+    return digest([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, cfg.feature_cache, code_hash("mgm"), code_hash("samples")])
 
 
 
 # %% ../nbs/30_train.ipynb #30-train-019
+def room(folder: Path, size: int) -> str:
+    "`size` bytes in words; UserError if the disk has no room for them."
+    import shutil
+    free = shutil.disk_usage(folder).free
+    words = lambda n: f"{n/2**30:.1f} GiB" if n >= 2**30 else f"{n/2**20:.1f} MiB"
+    if size > free: raise UserError(f"what the encoders see takes {words(size)} in {show_path(folder)}, where {words(free)} are free: make room, or set feature_cache to false")
+    return words(size)
+
+# %% ../nbs/30_train.ipynb #30-train-021
 def make_features(
     cfg: TrainConfig,
     root: Path,                # data folder
@@ -161,15 +176,18 @@ def make_features(
     if (folder/"features.json").is_file() and read_json(folder/"features.json")["fingerprint"] == fingerprint: return folder
     (folder/"features.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    about = dict(fingerprint=fingerprint, aspect=aspect, root=str(root), pictures=pictures)
+    if not cfg.feature_cache: write_json(folder/"features.json", dict(**about, arrays=[])); return folder
     arrays = picture_features(_model(cfg), root, pictures[:1], aspect)
+    size = room(folder, sum(t.nbytes for t in arrays.values())*len(pictures))
     for name, t in arrays.items(): np.lib.format.open_memmap(folder/f"{name}.npy", "w+", "float16", (len(pictures), *t.shape[1:])).flush()
     parts = [(i, pictures[i:i+64]) for i in range(0, len(pictures), 64)]
     todo = [pool.submit(fill, cfg.to_dict(), root, folder, aspect, i, part) for i, part in parts]
-    for t in track(todo, f"looking at pictures ({aspect})"): t.result()
-    write_json(folder/"features.json", dict(fingerprint=fingerprint, aspect=aspect, arrays=list(arrays), pictures=pictures))
+    for t in track(todo, f"looking at pictures ({aspect}, {size} on disk)"): t.result()
+    write_json(folder/"features.json", dict(**about, arrays=list(arrays)))
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-021
+# %% ../nbs/30_train.ipynb #30-train-023
 @dataclass
 class Job:
     "One arm with one seed."
@@ -185,7 +203,7 @@ class Job:
     def __str__(self): return f"{self.arm} seed {self.seed}"
     def done_file(self, stage: int) -> Path: return Path(self.folder, "stage1", "done.json") if stage == 1 else Path(self.folder, "done.json")
 
-# %% ../nbs/30_train.ipynb #30-train-022
+# %% ../nbs/30_train.ipynb #30-train-024
 def is_done(job: Job, stage: int) -> bool:
     "Whether this stage was finished with all that decides it unchanged."
     done = job.done_file(stage)
@@ -193,20 +211,20 @@ def is_done(job: Job, stage: int) -> bool:
 
 def mark_done(job: Job, stage: int, **facts) -> None: write_json(job.done_file(stage), dict(fingerprint=job.fingerprints[stage], **facts))
 
-# %% ../nbs/30_train.ipynb #30-train-023
+# %% ../nbs/30_train.ipynb #30-train-025
 def steps_of(job: Job, stage: int) -> list[dict]:
     "The step log so far; a line that is still being written is left out."
     path = Path(job.folder, f"stage{stage}", "steps.jsonl")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
-# %% ../nbs/30_train.ipynb #30-train-024
+# %% ../nbs/30_train.ipynb #30-train-026
 def events_of(job: Job, stage: int) -> list[dict]:
     "What happened out of the ordinary: batches left out, spikes and their causes."
     path = Path(job.folder, f"stage{stage}", "events.jsonl")
     return read_jsonl(path) if path.is_file() else []
 
-# %% ../nbs/30_train.ipynb #30-train-025
+# %% ../nbs/30_train.ipynb #30-train-027
 def planned(job: Job, stage: int, n_rows: int) -> tuple[int, int]:
     "Samples and steps of a stage."
     cfg = job.cfg
@@ -220,7 +238,7 @@ def hold_out(cfg: TrainConfig, samples: list[dict], stage: int) -> tuple[list[di
     away = set(sample_order([s["id"] for s in samples], cfg.held_out, "held out"))
     return [s for i, s in enumerate(samples) if i not in away], [samples[i] for i in sorted(away)]
 
-# %% ../nbs/30_train.ipynb #30-train-027
+# %% ../nbs/30_train.ipynb #30-train-029
 def peers():
     "torch's `distributed` where this process is one of a group that trains together, else None; torch is not imported for it."
     torch = sys.modules.get("torch")
@@ -232,7 +250,7 @@ def together() -> None:
     "Waits for the others of the group, if there is one."
     if peers(): peers().barrier()
 
-# %% ../nbs/30_train.ipynb #30-train-028
+# %% ../nbs/30_train.ipynb #30-train-030
 def begun(job: Job, stage: int):
     "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
     from blip2mgm.adapters import attach, load_projector, read_tensors
@@ -244,7 +262,7 @@ def begun(job: Job, stage: int):
     load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
     return attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
 
-# %% ../nbs/30_train.ipynb #30-train-029
+# %% ../nbs/30_train.ipynb #30-train-031
 def run_stage(job: Job, stage: int) -> tuple:
     "Trains one stage; returns the trained model and the encoded rows."
     cfg, rows = job.cfg, read_jsonl(job.samples[stage])
@@ -254,15 +272,17 @@ def run_stage(job: Job, stage: int) -> tuple:
     order = sample_order([s["id"] for s in samples], n, job.seed, stage)
     if cfg.grouped: order = group(order, samples, size, job.seed, stage)
     batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
-    about = (batches, FeatureStore(job.features[stage]), cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
+    about = (cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
     if cfg.deepspeed:
         from blip2mgm.parallel import ZeroRun
-        run = ZeroRun(None, *about, make=lambda: begun(job, stage))
-    else: run = Run(begun(job, stage), *about)
+        run = ZeroRun(None, batches, FeatureStore(job.features[stage]), *about, make=lambda: begun(job, stage))
+    else:
+        model = begun(job, stage)
+        run = Run(model, batches, open_features(job.features[stage], model), *about)
     run.run()
     return run.model, rows
 
-# %% ../nbs/30_train.ipynb #30-train-030
+# %% ../nbs/30_train.ipynb #30-train-032
 def stage1(job: Job) -> None:
     "Mining and projector on the arm's captions, unless they were trained before."
     from blip2mgm.adapters import projector_tensors, write_tensors
@@ -276,7 +296,7 @@ def stage1(job: Job) -> None:
         clear(folder)
     together()
 
-# %% ../nbs/30_train.ipynb #30-train-031
+# %% ../nbs/30_train.ipynb #30-train-033
 def stage2(job: Job) -> dict:
     "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
     from blip2mgm.adapters import check_round_trip, save
@@ -289,10 +309,10 @@ def stage2(job: Job) -> dict:
              "last loss": f"{last['loss']:.4f}"}
     save(model, job.folder, base=cfg.model, title=f"MGM adapter: arm {job.arm}, seed {job.seed}", facts=facts)
     few = samples[:4]
-    batch = dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few]))
+    batch = dict(**collate(few), features=open_features(job.features[2], model)([s["image"] for s in few]))
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
-# %% ../nbs/30_train.ipynb #30-train-032
+# %% ../nbs/30_train.ipynb #30-train-034
 def train_arm(job: dict) -> dict:
     "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
     job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
@@ -312,7 +332,7 @@ def close(job: Job, gaps: dict) -> dict:
     clear(Path(job.folder, "stage2"))
     return result
 
-# %% ../nbs/30_train.ipynb #30-train-033
+# %% ../nbs/30_train.ipynb #30-train-035
 def summary(job: Job, gaps: dict) -> dict:
     "What is worth knowing of a finished arm and seed."
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
@@ -326,7 +346,7 @@ def summary(job: Job, gaps: dict) -> dict:
             events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-034
+# %% ../nbs/30_train.ipynb #30-train-036
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
@@ -335,7 +355,7 @@ def readable_log(job: Job) -> str:
                      f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/30_train.ipynb #30-train-036
+# %% ../nbs/30_train.ipynb #30-train-038
 def begin_worker(parent: int, stop) -> None:
     "Sets up a worker process: one thread, and an end when its parent ends or says so."
     import threading, warnings
@@ -349,7 +369,7 @@ def begin_worker(parent: int, stop) -> None:
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
-# %% ../nbs/30_train.ipynb #30-train-038
+# %% ../nbs/30_train.ipynb #30-train-040
 class Worker(SpawnProcess):
     "A spawned process that does not run the parent's main script again."
     @staticmethod
@@ -362,7 +382,7 @@ class Worker(SpawnProcess):
 
 class Fresh(SpawnContext): Process = Worker
 
-# %% ../nbs/30_train.ipynb #30-train-040
+# %% ../nbs/30_train.ipynb #30-train-042
 def worker_pool(workers: int):
     "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
     from concurrent.futures import ProcessPoolExecutor
@@ -374,12 +394,12 @@ def worker_pool(workers: int):
     pool.stop = stop
     return pool
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-044
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-044
+# %% ../nbs/30_train.ipynb #30-train-046
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -388,7 +408,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-045
+# %% ../nbs/30_train.ipynb #30-train-047
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -399,7 +419,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-046
+# %% ../nbs/30_train.ipynb #30-train-048
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -417,7 +437,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-049
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
@@ -429,7 +449,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-048
+# %% ../nbs/30_train.ipynb #30-train-050
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -438,7 +458,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-052
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -446,7 +466,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-053
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -460,7 +480,7 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-054
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
@@ -480,7 +500,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-056
 def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
     "As `run_jobs`, with all processes at one job at a time."
     import threading
@@ -494,7 +514,7 @@ def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | No
         pool.shutdown(cancel_futures=True)
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-058
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -510,7 +530,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-059
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -519,9 +539,9 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     cfg, model = job.cfg, base_model(job.cfg)[0]
     for p in model.parameters(): p.requires_grad_(False)
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
-    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
+    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-060
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -540,7 +560,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready, found))
     return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-061
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -549,7 +569,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-063
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -567,7 +587,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-063
+# %% ../nbs/30_train.ipynb #30-train-065
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -576,7 +596,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-066
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -594,7 +614,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-068
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
 ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
 
@@ -604,7 +624,7 @@ def smooth(values, width: int = 5):
     v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
     return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
 
-# %% ../nbs/30_train.ipynb #30-train-067
+# %% ../nbs/30_train.ipynb #30-train-069
 def plot_bands(
     logs: dict,         # arm -> seed -> stage -> steps
     stage: int,
@@ -623,7 +643,7 @@ def plot_bands(
     ax.set_xlabel("step")
     return ax
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-070
 def plot_training(
     logs: dict,                                  # arm -> seed -> stage -> steps
     keys: Sequence[str] = ("loss", "grad_norm", "lr"),
@@ -638,7 +658,7 @@ def plot_training(
     if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
     return fig
 
-# %% ../nbs/30_train.ipynb #30-train-070
+# %% ../nbs/30_train.ipynb #30-train-072
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -650,14 +670,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-072
+# %% ../nbs/30_train.ipynb #30-train-074
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-074
+# %% ../nbs/30_train.ipynb #30-train-076
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -669,13 +689,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-075
+# %% ../nbs/30_train.ipynb #30-train-077
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-076
+# %% ../nbs/30_train.ipynb #30-train-078
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -689,14 +709,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-091
+# %% ../nbs/30_train.ipynb #30-train-093
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-094
+# %% ../nbs/30_train.ipynb #30-train-096
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

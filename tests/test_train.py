@@ -129,7 +129,7 @@ def test_files(run):
     for arm in ("raw", "random"):
         have = {str(f.relative_to(folder / arm / "seed0")) for f in (folder / arm / "seed0").rglob("*") if f.is_file()}
         assert have == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "finetuning.log", "result.json", "probe.safetensors",
-                        "done.json", "stage1/steps.jsonl", "stage1/projector.safetensors", "stage1/done.json", "stage2/steps.jsonl"}
+                        "done.json", "stage1/steps.jsonl", "stage1/steps.tfevents", "stage1/projector.safetensors", "stage1/done.json", "stage2/steps.jsonl", "stage2/steps.tfevents"}
     assert read_json(folder / "record.json")["rows"]["left_out"] == {"raw": 0, "random": 0, "instructions": 1}
 
 
@@ -184,6 +184,31 @@ def test_features_are_what_the_encoders_see(run):
 
 def test_tables_and_words(run):
     assert "raw" in repr(results_table(run[1])) and "2 adapters" in conclusion(run[1])
+
+
+def test_without_the_feature_cache(run, tmp_path):
+    "Looking at the pictures anew in each step gives the same losses, and stores nothing"
+    from dataclasses import asdict, replace
+
+    from blip2mgm.train import make_features, train_arm
+
+    cfg, job = config(run[0], feature_cache=False), run[1].jobs[0]
+    pictures = {s: read_json(Path(job.features[s], "features.json"))["pictures"] for s in (1, 2)}
+    features = {s: str(make_features(cfg, run[0] / "data", pictures[s], a, tmp_path / a, None)) for s, a in ((1, "square"), (2, "pad"))}
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["features.json"] * 2
+    train_arm(asdict(replace(job, cfg=cfg, folder=str(tmp_path / "train"), features=features)))
+    losses = lambda place: [r["loss"] for s in (1, 2) for r in read_jsonl(place / f"stage{s}/steps.jsonl")]
+    assert all(abs(a - b) < 1e-4 for a, b in zip(losses(tmp_path / "train"), losses(run[0] / "train/raw/seed0"), strict=True))
+
+
+def test_tensorboard_reads_every_step(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = run[0] / "train/raw/seed0/stage2"
+    board = EventAccumulator(str(place / "steps.tfevents")).Reload()
+    rows = read_jsonl(place / "steps.jsonl")
+    assert {"loss", "lr", "grad_norms/LoRA", "update_ratio/projector"} <= set(board.Tags()["scalars"])
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
 
 
 def test_a_second_call_trains_nothing(run):
