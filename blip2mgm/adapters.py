@@ -233,12 +233,12 @@ def saved_form(model: MGM) -> tuple[dict[str, torch.Tensor], dict]:
         r = alpha = c.init_r
     return now, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=c.lora_dropout, target_modules=c.target_modules, bias="none", task_type="CAUSAL_LM").to_dict()
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-044
+# %% ../nbs/05_adapters.ipynb #05-adapters-045
 def projector_tensors(model: MGM) -> dict[str, torch.Tensor]:
     "Mining and projector under the published checkpoint's names."
     return {original_name(n): p.detach().cpu().contiguous() for n, p in stage1_parameters(model).items()}
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-045
+# %% ../nbs/05_adapters.ipynb #05-adapters-046
 def check_tuned(adapter: dict[str, torch.Tensor], rest: dict[str, torch.Tensor]) -> None:
     "Raises UserError if a tensor is not finite or if the adapter changes nothing."
     bad = [n for n, t in {**adapter, **rest}.items() if not torch.isfinite(t).all()]
@@ -246,7 +246,7 @@ def check_tuned(adapter: dict[str, torch.Tensor], rest: dict[str, torch.Tensor])
     if not any(t.any() for n, t in adapter.items() if "lora_B" in n):
         raise UserError("not saved: the tuned model equals its base (every B matrix of the adapter is zero); did training run?")
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-047
+# %% ../nbs/05_adapters.ipynb #05-adapters-048
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -263,13 +263,13 @@ LoRA adapter (rank {r}, alpha {alpha}) for the language model of MGM, with the m
 Base weights: `{base}`, fingerprint `{hash}`. Load with `blip2mgm.adapters.load(model, folder)` onto a model with this fingerprint.
 """
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-048
+# %% ../nbs/05_adapters.ipynb #05-adapters-049
 def model_card(title: str, base: str, hash: str, r: int, alpha: int, facts: dict) -> str:
     "A README for the adapter's folder."
     rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
     return CARD.format(title=title, base=base, hash=hash, r=r, alpha=alpha, facts=rows)
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-049
+# %% ../nbs/05_adapters.ipynb #05-adapters-050
 def save(
     model: MGM,
     folder,                          # made if needed; files in it are replaced one by one, each atomically
@@ -293,7 +293,7 @@ def save(
     write_text(folder/"README.md", model_card(title, base, mark, config["r"], config["lora_alpha"], facts or {}))
     return folder
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-050
+# %% ../nbs/05_adapters.ipynb #05-adapters-051
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
     "A safetensors file with some words about it, all or nothing."
     part = path.with_name(f".{path.name}.part")
@@ -308,7 +308,7 @@ def facts_of(model: MGM) -> dict:
                 tokenizer_model_max_length=c.max_length, image_grid=c.image_grid, image_global=c.image_global, mm_projector_type="mlp2x_gelu", lora_enable=True,
                 torch_dtype=str(model.gemma.dtype).removeprefix("torch."))
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-052
+# %% ../nbs/05_adapters.ipynb #05-adapters-053
 @torch.no_grad()
 def probe(model: MGM) -> torch.Tensor:
     "Logits for the token after a fixed random text with a fixed random picture."
@@ -321,7 +321,7 @@ def probe(model: MGM) -> torch.Tensor:
     try: return model.eval()(ids, features=seen).logits[0, -1].float().cpu()
     finally: model.train(mode)
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-056
+# %% ../nbs/05_adapters.ipynb #05-adapters-057
 def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     "A safetensors file of an adapter folder; UserError if it is missing or broken."
     path = folder/name
@@ -329,7 +329,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     try: return load_file(path)
     except Exception as e: raise UserError(f"{show_path(path)} can't be read as safetensors ({e}): train it again") from None
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-057
+# %% ../nbs/05_adapters.ipynb #05-adapters-058
 def check_fit(name: str, have: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     "Raises UserError unless names and shapes agree."
     missing, extra = sorted(set(want)-set(have)), sorted(set(have)-set(want))
@@ -337,7 +337,7 @@ def check_fit(name: str, have: dict[str, torch.Tensor], want: dict[str, torch.Te
     for n in want:
         if have[n].shape != want[n].shape: raise UserError(f"{name}: {n} has shape {tuple(have[n].shape)}, the model {tuple(want[n].shape)}")
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-058
+# %% ../nbs/05_adapters.ipynb #05-adapters-059
 def check_base(model: MGM, folder: Path) -> None:
     "Raises UserError if the adapter was trained on other base weights."
     path = folder/"config.json"
@@ -346,7 +346,7 @@ def check_base(model: MGM, folder: Path) -> None:
     if said is None: warnings.warn(f"{show_path(path)} does not say which base weights it was trained on; taken on trust")
     elif said != have: raise UserError(f"{show_path(folder)} was trained on other base weights (fingerprint {said[:12]}, these are {have[:12]})")
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-059
+# %% ../nbs/05_adapters.ipynb #05-adapters-060
 def lora_settings(folder: Path) -> dict:
     "Rank, alpha, dropout and targets from adapter_config.json, as `attach` takes them."
     path = folder/"adapter_config.json"
@@ -359,7 +359,7 @@ def lora_settings(folder: Path) -> dict:
     if (folder/"config.json").is_file() and json.loads((folder/"config.json").read_text()).get("adapter") == "qlora": kind = "qlora"
     return dict(r=c["r"], alpha=c["lora_alpha"], dropout=c["lora_dropout"], targets=targets, kind=kind)
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-060
+# %% ../nbs/05_adapters.ipynb #05-adapters-061
 def load(
     model: MGM,     # a base model without an adapter
     folder,         # where `save` wrote
@@ -378,7 +378,7 @@ def load(
     load_projector(model, rest)
     return model.eval()
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-061
+# %% ../nbs/05_adapters.ipynb #05-adapters-062
 def load_projector(model: MGM, tensors: dict[str, torch.Tensor]) -> None:
     "Mining and projector from tensors under the published names."
     check_fit("the projector", tensors, projector_tensors(model))
@@ -386,16 +386,16 @@ def load_projector(model: MGM, tensors: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, t in tensors.items(): own[our_name(name)].copy_(t)
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-067
+# %% ../nbs/05_adapters.ipynb #05-adapters-068
 def merge(model: MGM) -> MGM:
     "The adapter added to the language model's own weights; no adapter is left, and no 4-bit layer."
     model.lm = unpacked(model) if model.adapter_kind == "qlora" else model.lm.merge_and_unload()
     return model
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-068
+# %% ../nbs/05_adapters.ipynb #05-adapters-069
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a logit, as a share of the largest; merging rounds the weights to 16 bits
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-069
+# %% ../nbs/05_adapters.ipynb #05-adapters-070
 def check_round_trip(
     model: MGM,                       # as trained
     folder,                           # as saved
@@ -415,7 +415,7 @@ def check_round_trip(
         if not gap <= tolerance*want.abs().max(): raise UserError(f"the {what} adapter in {show_path(folder)} answers otherwise than the trained model: logits differ by {gap:.2g}")
     return gaps
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-072
+# %% ../nbs/05_adapters.ipynb #05-adapters-073
 def check_folder(
     folder,                     # as saved
     base: Callable[[], MGM],    # makes the base model afresh
