@@ -368,10 +368,11 @@ def kind_training(world: Path, n: int, kind: str) -> dict:
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
 def kinds_of_adapter(world: Path, n: int) -> list[dict]:
     "A line for each kind: parameters, memory, time, score."
+    from importlib.util import find_spec
     from scipy.stats import binomtest
     from blip2mgm.train import ADAPTERS
     out = []
-    for kind in ADAPTERS:
+    for kind in (k for k in ADAPTERS if k != "qlora" or find_spec("bitsandbytes")):
         c = cost([sys.executable, "-c", KINDS.format(world=str(world), n=n, kind=kind)], TRANSFORMERS_VERBOSITY="error")
         found = json.loads(c.output.strip().splitlines()[-1])
         low, high = binomtest(found["right"], found["of"]).proportion_ci(method="wilson")

@@ -5,30 +5,29 @@
 # %% ../nbs/30_train.ipynb #30-train-003
 from __future__ import annotations
 
-import json, math, os, sys, time
+import json, math, sys, time
 from dataclasses import asdict, dataclass, field
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
 from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml,
-                           resolve, set_threads, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
+                           resolve, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
+from .curves import ARM_COLOURS, plot_training
 from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
+from .workers import worker_pool
 
 # %% auto #0
-__all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'check_zero', 'model_folder',
-           'base_model', 'fill', 'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done',
-           'steps_of', 'events_of', 'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage',
-           'stage1', 'stage2', 'train_arm', 'close', 'summary', 'readable_log', 'begin_worker', 'Worker', 'Fresh',
-           'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints', 'make_jobs',
-           'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained', 'logs_of', 'check_first',
-           'train', 'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
-           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
-           'plot_signals']
+__all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
+           'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
+           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage', 'stage1', 'stage2', 'train_arm',
+           'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
+           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained', 'logs_of',
+           'check_first', 'train', 'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'LivePlot',
+           'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -356,50 +355,11 @@ def readable_log(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/30_train.ipynb #30-train-038
-def begin_worker(parent: int, stop) -> None:
-    "Sets up a worker process: one thread, and an end when its parent ends or says so."
-    import threading, warnings
-    warnings.filterwarnings("ignore")
-    os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
-    import torch
-    set_threads(1)
-    torch.set_flush_denormal(True)
-    def follow():
-        while os.getppid() == parent and not stop.wait(1): pass
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
-# %% ../nbs/30_train.ipynb #30-train-040
-class Worker(SpawnProcess):
-    "A spawned process that does not run the parent's main script again."
-    @staticmethod
-    def _Popen(process):
-        main = sys.modules["__main__"]
-        hidden = {k: main.__dict__.pop(k) for k in ("__file__", "__spec__") if k in main.__dict__}
-        main.__spec__ = None
-        try: return SpawnProcess._Popen(process)
-        finally: main.__dict__.update(hidden)
-
-class Fresh(SpawnContext): Process = Worker
-
-# %% ../nbs/30_train.ipynb #30-train-042
-def worker_pool(workers: int):
-    "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
-    from concurrent.futures import ProcessPoolExecutor
-    from blip2mgm.train import Fresh, begin_worker
-    keep = dict(OMP_NUM_THREADS="1", MALLOC_TRIM_THRESHOLD_="1073741824", MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TOP_PAD_="268435456")
-    for k, v in keep.items(): os.environ.setdefault(k, v)
-    stop = Fresh().Event()
-    pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
-    pool.stop = stop
-    return pool
-
-# %% ../nbs/30_train.ipynb #30-train-044
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-046
+# %% ../nbs/30_train.ipynb #30-train-040
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -408,7 +368,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-041
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -419,7 +379,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-048
+# %% ../nbs/30_train.ipynb #30-train-042
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -437,7 +397,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-049
+# %% ../nbs/30_train.ipynb #30-train-043
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
@@ -449,7 +409,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-044
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -458,7 +418,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-046
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -466,7 +426,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-047
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -480,7 +440,7 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-048
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
@@ -500,7 +460,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-050
 def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
     "As `run_jobs`, with all processes at one job at a time."
     import threading
@@ -514,7 +474,7 @@ def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | No
         pool.shutdown(cancel_futures=True)
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-052
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -530,7 +490,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-053
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -541,7 +501,7 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-054
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -560,7 +520,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready, found))
     return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-055
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -569,7 +529,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-063
+# %% ../nbs/30_train.ipynb #30-train-057
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -587,7 +547,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-065
+# %% ../nbs/30_train.ipynb #30-train-059
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -596,7 +556,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-060
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -614,51 +574,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-068
-LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
-ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
-
-def smooth(values, width: int = 5):
-    "A running mean, shorter at the ends; short curves stay as they are."
-    import numpy as np
-    v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
-    return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
-
-# %% ../nbs/30_train.ipynb #30-train-069
-def plot_bands(
-    logs: dict,         # arm -> seed -> stage -> steps
-    stage: int,
-    key: str,           # loss, grad_norm, lr ...
-    ax,
-):
-    "One quantity over the steps of a stage, an arm a line; returns the axes."
-    import numpy as np
-    for arm, seeds in logs.items():
-        curves = [smooth([r[key] for r in s[stage]], 1 if key == "lr" else 5) for s in seeds.values() if s[stage]]
-        if not curves: continue
-        n = min(map(len, curves))
-        c = np.array([x[:n] for x in curves])
-        line, = ax.plot(c.mean(0), label=f"{arm} ({len(c)})", color=ARM_COLOURS.get(arm), lw=1.3)
-        if len(c) > 1: ax.fill_between(range(n), c.min(0), c.max(0), color=line.get_color(), alpha=.2, lw=0)
-    ax.set_xlabel("step")
-    return ax
-
-# %% ../nbs/30_train.ipynb #30-train-070
-def plot_training(
-    logs: dict,                                  # arm -> seed -> stage -> steps
-    keys: Sequence[str] = ("loss", "grad_norm", "lr"),
-):
-    "Both stages side by side, all arms, a row for each of `keys`; returns the figure."
-    import matplotlib.pyplot as plt
-    heights = [2 if k == "loss" else 1 for k in keys]
-    fig, axes = plt.subplots(len(keys), 2, figsize=(9, .5+1.6*sum(heights)), dpi=70, squeeze=False, height_ratios=heights, constrained_layout=True)
-    for key, row in zip(keys, axes):
-        for stage, ax in zip((1, 2), row): plot_bands(logs, stage, key, ax).set_title(f"stage {stage}" if key == keys[0] else "")
-        row[0].set_ylabel(LABELS[key])
-    if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
-    return fig
-
-# %% ../nbs/30_train.ipynb #30-train-072
+# %% ../nbs/30_train.ipynb #30-train-062
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -670,14 +586,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-074
+# %% ../nbs/30_train.ipynb #30-train-064
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-076
+# %% ../nbs/30_train.ipynb #30-train-066
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -689,13 +605,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-077
+# %% ../nbs/30_train.ipynb #30-train-067
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-078
+# %% ../nbs/30_train.ipynb #30-train-068
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -709,14 +625,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-093
+# %% ../nbs/30_train.ipynb #30-train-083
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-096
+# %% ../nbs/30_train.ipynb #30-train-086
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt
