@@ -17,9 +17,11 @@ from pathlib import Path
 from .core import Config, ConfigError, UserError, write_text
 
 # %% auto #0
-__all__ = ['RECIPE', 'OURS', 'TRAINING', 'ANSWERING', 'WAYS', 'BenchmarksConfig', 'shrunk', 'make_rows', 'Cost', 'cost',
-           'peer_cost', 'our_cost', 'measured', 'text_steps', 'instruction_samples', 'our_training', 'peer_training',
-           'training_speed', 'one_by_one', 'plain_batches', 'ours', 'answering_way', 'answering', 'scoring']
+__all__ = ['RECIPE', 'OURS', 'TRAINING', 'MIDDLE', 'MANY', 'KINDS', 'ANSWERING', 'WAYS', 'BenchmarksConfig', 'shrunk',
+           'make_rows', 'Cost', 'cost', 'peer_cost', 'our_cost', 'measured', 'text_steps', 'middle_model',
+           'instruction_samples', 'our_training', 'peer_training', 'training_speed', 'per_sample', 'right',
+           'kind_training', 'kinds_of_adapter', 'one_by_one', 'plain_batches', 'ours', 'answering_way', 'answering',
+           'scoring']
 
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-005
 @dataclass
@@ -186,23 +188,39 @@ from blip2mgm.core import set_threads
 from blip2mgm.benchmarks import {what}
 set_threads(1)
 torch.set_flush_denormal(True)
-print(json.dumps({what}(Path({world!r}), {n}, {cached})))
+print(json.dumps({what}(Path({world!r}), {n}, {cached}, {size!r})))
 """
 
-def instruction_samples(world: Path, n: int):
-    "A fresh small model with its encoded instruction rows and settings."
+MIDDLE = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=64, hidden_act="gelu", image_size_aux=448, towers=dict(
+    clip=dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3, image_size=224, patch_size=16),
+    convnext=dict(dims=[48, 96, 192, 384], depths=[2, 2, 6, 2])))  # Gemma 256 x 6 and a vision transformer 192 x 6 at 224 pixels, ConvNeXt at 448
+
+def middle_model(tokenizer):
+    "A model of middle size with random weights."
+    import torch
+    from blip2mgm.language import use_best_attention
+    from blip2mgm.mgm import build
+    torch.manual_seed(0)
+    model = build(MIDDLE | dict(vocab_size=len(tokenizer))).eval()
+    use_best_attention(model.lm)
+    return model
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-028
+def instruction_samples(world: Path, n: int, size: str = "small"):
+    "A fresh model (small: the shipped one; middle) with its encoded instruction rows and settings."
     from blip2mgm.samples import encode_rows
     from blip2mgm.data import gate
     from blip2mgm.train import TrainConfig, base_model
     cfg = TrainConfig()
     model, tokenizer = base_model(cfg)
+    if size == "middle": model = middle_model(tokenizer)
     for p in model.parameters(): p.requires_grad_(False)
     rows = gate(world/"instructions.json", world).accepted
     samples, _ = encode_rows(rows, tokenizer, model.n_image_tokens, cfg.max_length)
     return model, [samples[i % len(samples)] for i in range(n)], cfg
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-028
-def our_training(world: Path, n: int, cached: bool) -> dict:
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-029
+def our_training(world: Path, n: int, cached: bool, size: str = "small") -> dict:
     "CPU seconds a sample of this project's loop, with features from a cache or computed at each step; and of making the cache."
     import tempfile
     import torch
@@ -210,7 +228,7 @@ def our_training(world: Path, n: int, cached: bool) -> dict:
     from blip2mgm.inputs import preprocess
     from blip2mgm.loop import Run
     from blip2mgm.vision import Features
-    model, samples, cfg = instruction_samples(world, n)
+    model, samples, cfg = instruction_samples(world, n, size)
     def look(pictures):
         return model.vision_features(images_aux=torch.stack([preprocess(world/p, "pad", model.config.image_size_aux) for p in pictures]))
     start, known = time.process_time(), {}
@@ -228,8 +246,8 @@ def our_training(world: Path, n: int, cached: bool) -> dict:
         while not run.over(): run.step()
     return {"s": (time.process_time() - start)/(n-32), "cache": made/max(len(known), 1), "loss": run.log.rows[-1]["loss"]}
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-029
-def peer_training(world: Path, n: int, cached: bool) -> dict:
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-030
+def peer_training(world: Path, n: int, cached: bool, size: str = "small") -> dict:
     "CPU seconds a sample of transformers' Trainer around the model with PEFT's adapter."
     import tempfile
     import torch
@@ -239,7 +257,7 @@ def peer_training(world: Path, n: int, cached: bool) -> dict:
     from blip2mgm.inputs import collate, preprocess
     from blip2mgm.language import splice
     from blip2mgm.mgm import stage1_parameters
-    model, samples, cfg = instruction_samples(world, n)
+    model, samples, cfg = instruction_samples(world, n, size)
     model.lm = get_peft_model(model.lm, LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=target_pattern()))
     for p in stage1_parameters(model).values(): p.requires_grad_(True)
     class Plain(torch.nn.Module):
@@ -266,19 +284,103 @@ def peer_training(world: Path, n: int, cached: bool) -> dict:
         result = trainer.train()
     return {"s": (clock[-1] - clock[0])/(n-32), "cache": 0.0, "loss": result.training_loss}
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-030
-def training_speed(world: Path, n: int) -> list[dict]:
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-031
+def training_speed(world: Path, n: int, size: str = "small") -> list[dict]:
     "Samples a CPU second of the plain Trainer and of this project's loop, each in a process of its own."
     ways = [("Trainer + PEFT", "peer_training", False), ("this project, without the cache", "our_training", False), ("this project", "our_training", True)]
     out = []
     for name, what, cached in ways:
-        said = cost([sys.executable, "-c", TRAINING.format(what=what, world=str(world), n=n, cached=cached)], TRANSFORMERS_VERBOSITY="error").output
+        said = cost([sys.executable, "-c", TRAINING.format(what=what, world=str(world), n=n, cached=cached, size=size)], TRANSFORMERS_VERBOSITY="error").output
         found = json.loads(said.strip().splitlines()[-1])
-        out.append({"stage 2, LoRA": name, "samples": n - 32, "samples a CPU second": round(1/found["s"], 2), "CPU s a picture for the cache, once": round(found["cache"], 4),
+        out.append({"stage 2, LoRA": name, "model": size, "samples": n - 32, "samples a CPU second": round(1/found["s"], 2), "CPU s a picture for the cache, once": round(found["cache"], 4),
                     "times Trainer + PEFT": round((1/found["s"])/(out[0]["samples a CPU second"] if out else 1/found["s"]), 2)})
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-033
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-036
+MANY = """import json, tempfile, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from blip2mgm.adapters import attach
+from blip2mgm.core import set_threads
+from blip2mgm.loop import Run
+from blip2mgm.mgm import build
+from blip2mgm.samples import group, sample_order
+set_threads(1)
+model = attach(build(dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16, hidden_act="gelu",
+    image_size_aux=64, towers=dict(convnext=dict(dims=[4, 4, 4, 4], depths=[1, 1, 1, 1]),
+    clip=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1, image_size=32, patch_size=16)))), r=1)
+seen = model.vision_features(images_aux=torch.zeros(1, 3, 64, 64))
+start = time.process_time()
+samples = [dict(id=str(i), image=None, input_ids=[2, 5 + i % 50, 7], labels=[-100, -100, 7], n_labels=1) for i in range({n})]
+order = group(sample_order([s["id"] for s in samples], {n}, 0), samples, 32, 0)
+cfg = SimpleNamespace(stage1_lr=1e-3, lora_lr=1e-3, projector_lr=1e-4, warmup=.03, clip_norm=1., micro_batch=16, schedule="cosine", precision="fp32", gradient_checkpointing=False,
+                      checkpoint_every=50, on_bad="stop", on_spike="rewind", patience=0, adapter="lora")
+Run(model, [[samples[i] for i in order[k:k+32]] for k in range(0, {n}, 32)], lambda p: seen[[0]*len(p)], cfg, 2, 0, Path(tempfile.mkdtemp())).run()
+print(json.dumps(time.process_time() - start))
+"""
+
+def per_sample(n: int) -> dict:
+    "CPU milliseconds a sample of a training with `n` samples, and its memory."
+    c = cost([sys.executable, "-c", MANY.format(n=n)])
+    return {"samples": n, "CPU ms a sample": round(1e3*float(c.output.strip().splitlines()[-1])/n, 3), "peak MiB": round(c.memory)}
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-039
+KINDS = """import json
+from pathlib import Path
+from blip2mgm.benchmarks import kind_training
+from blip2mgm.core import set_threads
+set_threads(1)
+print(json.dumps(kind_training(Path({world!r}), {n}, {kind!r})))
+"""
+
+def right(model, sample: dict, store) -> bool:
+    "Whether every label of a sample is the likeliest word."
+    import torch
+    from blip2mgm.inputs import collate
+    with torch.no_grad(): out = model.eval()(**collate([sample], model.gemma.config.pad_token_id), features=store([sample["image"]]))
+    said, want = out.logits[0, :-1].argmax(-1), out.labels[0, 1:]
+    return bool((said == want)[want >= 0].all())
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-040
+def kind_training(world: Path, n: int, kind: str) -> dict:
+    "Trains one kind of adapter on `n` rows and asks it 64 others."
+    import tempfile
+    from dataclasses import replace
+    import torch
+    from blip2mgm.adapters import attach, trained
+    from blip2mgm.loop import Run
+    from blip2mgm.samples import LiveFeatures
+    model, samples, cfg = instruction_samples(world, n + 64)
+    if len({s["id"] for s in samples}) < len(samples): raise UserError(f"{n + 64} rows are needed, and there are only {len({s['id'] for s in samples})}")
+    look = LiveFeatures(model, dict(root=str(world), aspect="pad", pictures=[samples[0]["image"]]))
+    known = {p: look([p]) for p in {s["image"] for s in samples}}
+    def store(pictures): return known[pictures[0]].__class__(torch.cat([known[p].clip for p in pictures]), [torch.cat(m) for m in zip(*(known[p].aux for p in pictures))])
+    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, kind=kind)
+    adapter = sum(p.numel() for name, p in trained(model).items() if "lora_" in name)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(model, [samples[k:k+32] for k in range(0, n, 32)], store, replace(cfg, adapter=kind), 2, 0, Path(folder))
+        start = time.process_time()
+        run.run()
+        spent = time.process_time() - start
+    return dict(adapter=adapter, seconds=spent/len(run.batches), loss=run.log.rows[-1]["loss"], right=sum(right(model, s, store) for s in samples[n:]), of=64)
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
+def kinds_of_adapter(world: Path, n: int) -> list[dict]:
+    "A line for each kind: parameters, memory, time, score."
+    from importlib.util import find_spec
+    from scipy.stats import binomtest
+    from blip2mgm.train import ADAPTERS
+    out = []
+    for kind in (k for k in ADAPTERS if k != "qlora" or find_spec("bitsandbytes")):
+        c = cost([sys.executable, "-c", KINDS.format(world=str(world), n=n, kind=kind)], TRANSFORMERS_VERBOSITY="error")
+        found = json.loads(c.output.strip().splitlines()[-1])
+        low, high = binomtest(found["right"], found["of"]).proportion_ci(method="wilson")
+        out.append({"adapter": kind, "trained in it": found["adapter"], "peak MiB": round(c.memory), "CPU s a step": round(found["seconds"], 2), "last loss": round(found["loss"], 3),
+                    "right": f"{found['right']/found['of']:.0%} ({low:.0%} to {high:.0%})"})
+    return out
+
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-044
 ANSWERING = """import json, os, sys, threading, time
 import psutil, torch
 from blip2mgm.benchmarks import answering_way
@@ -308,7 +410,7 @@ def plain_batches(model, tokenizer, questions, new: int, size: int = 16) -> list
         out += model.generate(**batch, images_aux=pixels, max_new_tokens=new, stop_ids=stop_ids(tokenizer))
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-034
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-045
 def ours(model, tokenizer, questions, new: int) -> list:
     "As the evaluation asks."
     from blip2mgm.asking import ask, look_now
@@ -337,7 +439,7 @@ def answering_way(way: str, world: str, pictures: int, new: int) -> dict:
     over.set(); watch.join()
     return dict(way=way, questions=len(questions), seconds=spent, memory=max(max(most) - before, 0) / 2**20, total=max(most) / 2**20, answers=hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12])
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-035
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-046
 def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     "The three ways, each in a process of its own; UserError if they do not say the same."
     found = [json.loads(cost([sys.executable, "-c", ANSWERING.format(way=w, world=str(world), pictures=pictures, new=new)]).output.strip().splitlines()[-1]) for w in WAYS]
@@ -345,7 +447,7 @@ def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     return [{"way": f["way"], "questions": f["questions"], "questions per CPU s": round(f["questions"] / f["seconds"], 1), "ours is faster": f"{f['seconds'] / found[-1]['seconds']:.1f} times",
              "peak MiB": round(f["total"]), "of them added": round(f["memory"])} for f in found]
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-038
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-049
 def scoring(n: int, seed: int = 0) -> dict:
     "CPU seconds to score `n` VQAv2 answers."
     import random

@@ -16,15 +16,15 @@ from .core import UserError, write_jsonl
 from .health import Finding, batch_output, is_spike, not_finite
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'SCHEDULES', 'pieces', 'computing', 'gradients', 'lr_factor', 'optimiser', 'StepLog', 'norms', 'parts',
-           'memory_mib', 'checkpoint_tensors', 'content_hash', 'checkpoints', 'save_checkpoint', 'read_checkpoint',
-           'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
+__all__ = ['PRECISIONS', 'SCHEDULES', 'pieces', 'computing', 'gradients', 'lr_factor', 'optimiser', 'numbers', 'Board', 'StepLog',
+           'norms', 'parts', 'memory_mib', 'checkpoint_tensors', 'content_hash', 'checkpoints', 'save_checkpoint',
+           'read_checkpoint', 'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
 
 # %% ../nbs/06_loop.ipynb #06-loop-008
-def pieces(batch: list[dict], size: int) -> list[list[dict]]:
-    "The batch in pieces of at most `size` samples of similar length."
+def pieces(batch: list[dict], size: int, times: int = 1) -> list[list[dict]]:
+    "The batch in pieces of at most `size` samples of similar length; their number can be divided by `times`, and some are empty if there are not enough samples."
     batch = sorted(batch, key=lambda s: len(s["input_ids"]))
-    n = math.ceil(len(batch)/size)
+    n = math.ceil(len(batch)/size/times)*times
     return [batch[len(batch)*i//n:len(batch)*(i+1)//n] for i in range(n)]
 
 # %% ../nbs/06_loop.ipynb #06-loop-011
@@ -74,27 +74,56 @@ def optimiser(model, cfg: TrainConfig, stage: int):
     return torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.0)
 
 # %% ../nbs/06_loop.ipynb #06-loop-020
+def numbers(row: dict) -> dict[str, float]:
+    "The measurements of a step by name; those of parts as `name/part`."
+    flat = {}
+    for k, v in row.items():
+        if isinstance(v, dict): flat |= {f"{k}/{part}": x for part, x in v.items()}
+        elif k not in ("stage", "step", "seconds"): flat[k] = v
+    return flat
+
+class Board:
+    "A file for TensorBoard."
+    def __init__(self, path: Path):
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        self.file = RecordWriter(path.open("wb"))
+        self.write(wall_time=time.time(), file_version="brain.Event:2")
+
+    def write(self, **what) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        self.file.write(Event(**what).SerializeToString())
+        self.file.flush()
+
+    def add(self, row: dict, when: float) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers(row).items()]
+        self.write(wall_time=when, step=row["step"], summary=Summary(value=values))
+
+# %% ../nbs/06_loop.ipynb #06-loop-021
 class StepLog:
-    "A jsonl file with one line per step."
-    def __init__(self, path: Path, stage: int, keep: int = 0):
+    "A jsonl file with one line per step, and the same for TensorBoard."
+    def __init__(self, path: Path, stage: int, keep: int = 0, writes: bool = True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.stage = path, stage
+        self.path, self.stage, self.writes = path, stage, writes
         self.back_to(keep)
 
     def back_to(self, step: int) -> None:
         "Only the steps before `step` stay."
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.is_file() else []
         self.rows = [r for r in map(json.loads, lines) if r["step"] < step]
-        write_jsonl(self.path, self.rows)
-        self.file = self.path.open("a", encoding="utf-8")
+        if self.writes: write_jsonl(self.path, self.rows)
+        self.file = self.path.open("a", encoding="utf-8") if self.writes else open(os.devnull, "w")
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.board = Board(self.path.with_suffix(".tfevents")) if self.writes else None
+        for r in self.rows if self.writes else (): self.board.add(r, self.start + r["seconds"])
 
     def add(self, **row) -> None:
         self.rows.append(dict(stage=self.stage, **row, seconds=round(time.time()-self.start, 3)))
         self.file.write(json.dumps(self.rows[-1]) + "\n")
         self.file.flush()
+        if self.writes: self.board.add(self.rows[-1], time.time())
 
-# %% ../nbs/06_loop.ipynb #06-loop-022
+# %% ../nbs/06_loop.ipynb #06-loop-024
 def norms(groups: dict[str, list]) -> dict[str, float]:
     "Norm over all tensors of each group; tensors that are None count as zero."
     import torch
@@ -108,7 +137,7 @@ def parts(model) -> dict[str, list]:
     for name, p in trained(model).items(): out.setdefault(part_of(name), []).append(p)
     return out
 
-# %% ../nbs/06_loop.ipynb #06-loop-024
+# %% ../nbs/06_loop.ipynb #06-loop-026
 def memory_mib(device) -> float:
     "Memory that this process holds now, in MiB; on an accelerator, the most that was allocated there."
     import torch
@@ -116,15 +145,15 @@ def memory_mib(device) -> float:
     try: return round(int(Path("/proc/self/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")/2**20, 1)
     except OSError: return 0.0
 
-# %% ../nbs/06_loop.ipynb #06-loop-026
+# %% ../nbs/06_loop.ipynb #06-loop-028
 def checkpoint_tensors(model, opt) -> dict:
     "Trained weights and the optimiser's memory by name."
-    from blip2mgm.adapters import trained
-    out = {}
+    from blip2mgm.adapters import rank_memory, trained
+    out = rank_memory(model)
     for name, p in trained(model).items():
         out[f"weight/{name}"] = p.detach().contiguous()
         out |= {f"{slot}/{name}": t.contiguous() for slot, t in opt.state.get(p, {}).items()}
-    return out
+    return {name: t.cpu() for name, t in out.items()}
 
 def content_hash(tensors: dict) -> str:
     "Fingerprint of named tensors."
@@ -132,21 +161,20 @@ def content_hash(tensors: dict) -> str:
     for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].cpu().numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/06_loop.ipynb #06-loop-027
+# %% ../nbs/06_loop.ipynb #06-loop-029
 def checkpoints(folder: Path) -> list[Path]:
     "The checkpoints of a folder, newest first."
     return sorted(Path(folder).glob("checkpoint-*.safetensors"), reverse=True)
 
-def save_checkpoint(folder: Path, model, opt, state: "State", fingerprint: str, keep: int = 2) -> Path:
+def save_checkpoint(folder: Path, tensors: dict, state: "State", fingerprint: str, keep: int = 2) -> Path:
     "Writes a checkpoint whole or not at all, and removes all but the newest `keep`."
     from blip2mgm.adapters import write_tensors
-    tensors = {n: t.cpu() for n, t in checkpoint_tensors(model, opt).items()}
     path = Path(folder)/f"checkpoint-{state.step:07}.safetensors"
     write_tensors(path, tensors, state=json.dumps(asdict(state)), fingerprint=fingerprint, content=content_hash(tensors))
     for old in checkpoints(folder)[keep:]: old.unlink()
     return path
 
-# %% ../nbs/06_loop.ipynb #06-loop-028
+# %% ../nbs/06_loop.ipynb #06-loop-030
 def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict, "State"] | None:
     "Tensors and state of a checkpoint; None if it is spoilt or belongs to another training."
     from safetensors import SafetensorError, safe_open
@@ -160,11 +188,12 @@ def newest_sound(folder: Path, fingerprint: str) -> tuple[dict, "State"] | None:
     "The newest checkpoint of this training that can be read."
     return next((found for path in checkpoints(folder) if (found := read_checkpoint(path, fingerprint))), None)
 
-# %% ../nbs/06_loop.ipynb #06-loop-029
+# %% ../nbs/06_loop.ipynb #06-loop-031
 def put_back(model, opt, tensors: dict) -> None:
     "Weights and optimiser memory as a checkpoint holds them."
     import torch
-    from blip2mgm.adapters import trained
+    from blip2mgm.adapters import recall_ranks, trained
+    recall_ranks(model, tensors)
     names = {p: n for n, p in trained(model).items()}
     opt.state.clear()
     with torch.no_grad():
@@ -173,7 +202,7 @@ def put_back(model, opt, tensors: dict) -> None:
             slots = {k.split("/", 1)[0]: t for k, t in tensors.items() if k.endswith(f"/{name}") and not k.startswith("weight/")}
             if slots: opt.state[p] = {k: t.clone() if k == "step" else t.to(p.device, copy=True) for k, t in slots.items()}
 
-# %% ../nbs/06_loop.ipynb #06-loop-030
+# %% ../nbs/06_loop.ipynb #06-loop-032
 @dataclass
 class State:
     "Where a stage stands, beside weights and optimiser."
@@ -185,7 +214,7 @@ class State:
     best: float = math.inf                               # lowest loss on held-out samples
     worse: int = 0                                       # times in a row it was not lower
 
-# %% ../nbs/06_loop.ipynb #06-loop-032
+# %% ../nbs/06_loop.ipynb #06-loop-034
 @dataclass
 class Run:
     "A stage of a training: what it works on, and where it stands."
@@ -199,40 +228,53 @@ class Run:
     fingerprint: str = ""        # what decides the result: checkpoints of others are not read
     held: list = field(default_factory=list)   # samples that are only looked at
     state: State = field(default_factory=State)
+    writes: bool = True          # whether this process writes the files
 
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.model.checkpointing = self.cfg.gradient_checkpointing
+        from blip2mgm.adapters import plan_ranks
+        plan_ranks(self.model, len(self.batches))
         self.opt, self.parts = optimiser(self.model.train(), self.cfg, self.stage), parts(self.model)
         self.log = None
 
-# %% ../nbs/06_loop.ipynb #06-loop-033
+# %% ../nbs/06_loop.ipynb #06-loop-035
 @patch
 def go_on(self: Run) -> bool:
     "Takes up the newest sound checkpoint; False if there is none, and the stage begins."
     if found := newest_sound(self.folder, self.fingerprint):
-        put_back(self.model, self.opt, found[0])
-        self.state, self.log = found[1], StepLog(self.folder/"steps.jsonl", self.stage, found[1].step)
+        self.put_back(found[0])
+        self.state, self.log = found[1], StepLog(self.folder/"steps.jsonl", self.stage, found[1].step, self.writes)
         return True
-    for path in checkpoints(self.folder): path.unlink()
-    (self.folder/"events.jsonl").unlink(missing_ok=True)
-    self.log = StepLog(self.folder/"steps.jsonl", self.stage)
+    if self.writes:
+        for path in [*checkpoints(self.folder), self.folder/"events.jsonl"]: path.unlink(missing_ok=True)
+    self.log = StepLog(self.folder/"steps.jsonl", self.stage, 0, self.writes)
     self.keep()
     return False
 
 @patch
-def keep(self: Run) -> None: save_checkpoint(self.folder, self.model, self.opt, self.state, self.fingerprint)
+def tensors(self: Run) -> dict: return checkpoint_tensors(self.model, self.opt)
 
-# %% ../nbs/06_loop.ipynb #06-loop-034
+@patch
+def put_back(self: Run, tensors: dict) -> None: put_back(self.model, self.opt, tensors)
+
+@patch
+def keep(self: Run) -> None:
+    tensors = self.tensors()
+    if self.writes: save_checkpoint(self.folder, tensors, self.state, self.fingerprint)
+
+# %% ../nbs/06_loop.ipynb #06-loop-036
 @patch
 def compute(self: Run, batch: list[dict]) -> tuple[float, int, float, float]:
     "Gradients of a batch: loss, label tokens, largest logit, gradient norm before clipping; the loss scale of fp16 is found on the way."
     import torch
+    from blip2mgm.adapters import keep_apart
     while True:
         scale = self.state.scale if self.cfg.precision == "fp16" else 1.0
         self.opt.zero_grad(set_to_none=True)
         draw(self.model, self.seed, self.stage, self.state.step)
         loss, tokens, largest = gradients(self.model, batch, self.store, self.cfg.micro_batch, self.cfg.precision, scale)
+        if (apart := keep_apart(self.model)) is not None: (apart*scale).backward()
         params = [p for g in self.opt.param_groups for p in g["params"]]
         if scale != 1:
             for p in params: p.grad = None if p.grad is None else p.grad/scale
@@ -241,7 +283,7 @@ def compute(self: Run, batch: list[dict]) -> tuple[float, int, float, float]:
         if scale <= 1 or math.isfinite(norm) or not math.isfinite(loss): return loss, tokens, largest, norm
         self.state.scale /= 2
 
-# %% ../nbs/06_loop.ipynb #06-loop-035
+# %% ../nbs/06_loop.ipynb #06-loop-037
 def draw(model, *key: int) -> None:
     "All random bits of a step anew from (seed, stage, step): those of the dropouts, and torch's own."
     import torch
@@ -249,7 +291,7 @@ def draw(model, *key: int) -> None:
     reseed(model, *key)
     torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big"))
 
-# %% ../nbs/06_loop.ipynb #06-loop-036
+# %% ../nbs/06_loop.ipynb #06-loop-038
 @patch
 def step(self: Run) -> None:
     "One step: taken, left out, or taken back."
@@ -257,7 +299,7 @@ def step(self: Run) -> None:
     if k not in self.state.skipped:
         for g in self.opt.param_groups: g["lr"] = g["peak"]*lr_factor(k, len(self.batches), cfg.warmup, cfg.schedule)*self.state.rate
         loss, tokens, largest, norm = self.compute(self.batches[k])
-        if fault := not_finite(self.model, self.batches[k], self.store, f"stage {self.stage}, step {k}", loss, norm): return self.leave_out(fault)
+        if fault := self.fault(self.batches[k], loss, norm): return self.leave_out(fault)
         if cfg.on_spike == "rewind" and is_spike(loss, [r["loss"] for r in self.log.rows]): return self.take_back(loss)
         self.settle(k, loss)
         row = dict(step=k, loss=loss, tokens=tokens, grad_norm=norm, lr=max(g["lr"] for g in self.opt.param_groups), samples=len(self.batches[k]))
@@ -265,21 +307,30 @@ def step(self: Run) -> None:
     self.state.step += 1
     if self.state.step % cfg.checkpoint_every == 0: self.keep()
 
-# %% ../nbs/06_loop.ipynb #06-loop-037
+# %% ../nbs/06_loop.ipynb #06-loop-039
+@patch
+def fault(self: Run, batch: list[dict], loss: float, norm: float) -> Finding | None:
+    "What a loss or gradient that is not finite comes from; None if both are."
+    return not_finite(self.model, batch, self.store, f"stage {self.stage}, step {self.state.step}", loss, norm)
+
+# %% ../nbs/06_loop.ipynb #06-loop-040
 @patch
 def move(self: Run) -> dict[str, float]:
     "The optimiser's step; how far each part moved, as a share of its norm."
     import torch
+    from blip2mgm.adapters import move_ranks
     before = {k: [p.detach().clone() for p in ps] for k, ps in self.parts.items()}
     self.opt.step()
+    move_ranks(self.model, self.state.step)
     size = norms(before)
     moved = norms({k: torch._foreach_sub([p.detach() for p in ps], before[k]) for k, ps in self.parts.items()})
     return {k: moved[k]/max(size[k], 1e-12) for k in moved}
 
-# %% ../nbs/06_loop.ipynb #06-loop-038
+# %% ../nbs/06_loop.ipynb #06-loop-041
 @patch
 def event(self: Run, fault: Finding, done: str) -> None:
     "A line about something out of the ordinary, in a file of its own."
+    if not self.writes: return
     with (self.folder/"events.jsonl").open("a", encoding="utf-8") as f: f.write(json.dumps({**asdict(fault), "done": done}) + "\n")
 
 @patch
@@ -290,7 +341,7 @@ def leave_out(self: Run, fault: Finding) -> None:
     if stop: raise UserError(f"{fault.evidence}. The step was not taken: {fault.next}")
     self.state.skipped.append(self.state.step)
 
-# %% ../nbs/06_loop.ipynb #06-loop-040
+# %% ../nbs/06_loop.ipynb #06-loop-043
 @patch
 def take_back(self: Run, loss: float) -> None:
     "Back to the last checkpoint: is it the data, the state, or neither?"
@@ -298,7 +349,7 @@ def take_back(self: Run, loss: float) -> None:
     usual = [r["loss"] for r in self.log.rows]
     found = newest_sound(self.folder, self.fingerprint)
     if found is None: raise UserError(f"stage {self.stage}, step {k}: the loss rose to {loss:.3g}, and there is no sound checkpoint to go back to")
-    put_back(self.model, self.opt, found[0])
+    self.put_back(found[0])
     there = self.loss_here(self.batches[k])
     self.state = State(**{**asdict(now), "step": found[1].step})
     done = self.judge(k, loss, there, usual)
@@ -307,7 +358,7 @@ def take_back(self: Run, loss: float) -> None:
                        f"samples {', '.join(s['id'] for s in self.batches[k][:8])}", "look at the samples" if "data" in done else "lower the learning rate", k), done)
     self.keep()
 
-# %% ../nbs/06_loop.ipynb #06-loop-041
+# %% ../nbs/06_loop.ipynb #06-loop-044
 @patch
 def judge(self: Run, k: int, loss: float, there: float, usual: list[float]) -> str:
     "What to do about a spike at step k, in words; the state is changed accordingly."
@@ -328,7 +379,7 @@ def settle(self: Run, k: int, loss: float) -> None:
         self.event(Finding("spike gone", f"stage {self.stage}, step {k}: loss {loss:.3g} when played again from the checkpoint", "check the machine's memory", k), "the machine: went on")
         self.state.replayed.remove(k)
 
-# %% ../nbs/06_loop.ipynb #06-loop-042
+# %% ../nbs/06_loop.ipynb #06-loop-045
 @patch
 def loss_here(self: Run, batch: list[dict]) -> float:
     "Mean loss over label tokens with the present weights, without dropout."
@@ -340,7 +391,7 @@ def loss_here(self: Run, batch: list[dict]) -> float:
     self.model.train()
     return loss
 
-# %% ../nbs/06_loop.ipynb #06-loop-044
+# %% ../nbs/06_loop.ipynb #06-loop-047
 @patch
 def look(self: Run) -> dict:
     "The loss on held-out samples, when it is due."
@@ -350,8 +401,8 @@ def look(self: Run) -> dict:
     self.state.worse = 0 if better else self.state.worse + 1
     if better:
         from blip2mgm.adapters import write_tensors
-        self.state.best = loss
-        write_tensors(self.folder/"best.safetensors", {n: t.cpu() for n, t in checkpoint_tensors(self.model, self.opt).items()})
+        self.state.best, tensors = loss, self.tensors()
+        if self.writes: write_tensors(self.folder/"best.safetensors", tensors)
     return dict(validation=loss)
 
 @patch
@@ -359,14 +410,14 @@ def over(self: Run) -> bool:
     "Whether all steps are taken, or held-out samples say that it is enough."
     return self.state.step >= len(self.batches) or bool(self.cfg.patience and self.state.worse >= self.cfg.patience)
 
-# %% ../nbs/06_loop.ipynb #06-loop-045
+# %% ../nbs/06_loop.ipynb #06-loop-048
 @patch
 def finish(self: Run) -> None:
     "Ends the stage: the best weights where held-out samples chose them, no checkpoints left."
     best = self.folder/"best.safetensors"
     if self.held and self.cfg.patience and best.is_file():
         from safetensors.torch import load_file
-        put_back(self.model, self.opt, load_file(best))
+        self.put_back(load_file(best))
     self.log.file.close()
     self.model.eval()
 

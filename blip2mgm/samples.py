@@ -13,7 +13,7 @@ from .core import inside, read_json
 
 # %% auto #0
 __all__ = ['caption_rows', 'count_labels', 'encode_row', 'encode_rows', 'cut_share', 'sample_order', 'group', 'FeatureStore',
-           'picture_features']
+           'picture_features', 'LiveFeatures', 'open_features']
 
 # %% ../nbs/05_samples.ipynb #05-samples-006
 def caption_rows(path: Path, prompt: str) -> list[dict]:
@@ -119,3 +119,20 @@ def picture_features(model, root: Path, pictures: Sequence[str], aspect: str) ->
         pixels = torch.stack([preprocess(open_picture(inside(root, p)), aspect, model.config.image_size_aux) for p in pictures])
         seen = model.vision_features(images_aux=pixels).to("cpu", torch.float16)
     return dict(clip=seen.clip, **{f"aux{i}": a for i, a in enumerate(seen.aux)})
+
+# %% ../nbs/05_samples.ipynb #05-samples-026
+class LiveFeatures:
+    "What the encoders of `model` see of pictures, computed when asked for, as a `FeatureStore` would give it."
+    def __init__(self, model, about: dict): self.model, self.about = model, about
+
+    def __call__(self, pictures: Sequence[str]):
+        from blip2mgm.vision import Features
+        names = list(dict.fromkeys(p or self.about["pictures"][0] for p in pictures))
+        at = [names.index(p or self.about["pictures"][0]) for p in pictures]
+        clip, *aux = [t[at].float() for t in picture_features(self.model, Path(self.about["root"]), names, self.about["aspect"]).values()]
+        return Features(clip, aux)
+
+def open_features(folder: Path, model):
+    "The features that were prepared in a folder, or `model`'s own if it says that they are not stored."
+    about = read_json(Path(folder)/"features.json")
+    return FeatureStore(folder) if about["arrays"] else LiveFeatures(model, about)

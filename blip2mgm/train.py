@@ -5,31 +5,29 @@
 # %% ../nbs/30_train.ipynb #30-train-003
 from __future__ import annotations
 
-import json, math, os, sys, time
+import json, math, sys, time
 from dataclasses import asdict, dataclass, field
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
-from .core import (Config, ConfigError, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml, resolve,
-                           set_threads, show_path, tree_hash, weights_dir, write_json, write_jsonl, write_text)
-from .show import Table, show_table, track
-from .stage import Stage, versions
+from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml,
+                           resolve, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
+from .curves import ARM_COLOURS, plot_training
 from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
-from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, picture_features, sample_order
+from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
+from .workers import worker_pool
 
 # %% auto #0
-__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'LABELS', 'ARM_COLOURS', 'TrainConfig', 'model_folder', 'base_model', 'fill',
-           'features_fingerprint', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of', 'planned',
-           'hold_out', 'run_stage', 'stage1', 'stage2', 'train_arm', 'summary', 'readable_log', 'begin_worker',
-           'Worker', 'Fresh', 'worker_pool', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
-           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'Trained', 'logs_of', 'check_first', 'train',
-           'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'smooth', 'plot_bands',
-           'plot_training', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table',
-           'plot_signals']
+__all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
+           'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
+           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage', 'stage1', 'stage2', 'train_arm',
+           'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
+           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained', 'logs_of',
+           'check_first', 'train', 'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'LivePlot',
+           'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -48,7 +46,7 @@ class TrainConfig(Config):
     stage1_lr: float = 2.0e-3  # of mining and projector in stage 1
     stage2_samples: int = 0  # instruction rows seen; 0: each once
     stage2_batch: int = 32  # instruction rows a step
-    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora or lora+
+    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora, lora+, pissa, adalora or qlora
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale is alpha / r
     lora_dropout: float = 0.1  # share of its inputs dropped
@@ -59,6 +57,7 @@ class TrainConfig(Config):
     clip_norm: float = 1.0  # longer gradients are shortened to this
     grouped: bool = False  # batches of one kind (with or without a picture) and of similar length
     micro_batch: int = 16  # samples computed at a time; the result does not depend on it
+    feature_cache: bool = True  # what the encoders see is computed once and kept on disk; false: anew for each step
     precision: str = "fp32"  # of frozen weights and products: fp32, bf16 or fp16; what is trained stays in 32 bits
     gradient_checkpointing: bool = False  # a third more work for much less memory
     checkpoint_every: int = 50  # steps from one checkpoint to the next
@@ -66,9 +65,20 @@ class TrainConfig(Config):
     on_spike: str = "rewind"  # at a loss three times that of the steps before: rewind to find its cause, or ignore
     held_out: int = 0  # instruction rows that are only looked at, whenever a checkpoint is due
     patience: int = 0  # stage 2 ends when their loss was not lower this many times in a row; 0: never
+    deepspeed: str = ""  # a DeepSpeed file (params/deepspeed holds some): its processes train one adapter together; empty: each trains one of its own
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
+ADAPTERS = ("lora", "rslora", "dora", "lora+", "pissa", "adalora", "qlora")
+
+def check_zero(path: str, precision: str, adapter: str) -> None:
+    "Raises ConfigError for a DeepSpeed file that cannot be used."
+    from blip2mgm.parallel import zero_config
+    zero_config(path)
+    if adapter in ("adalora", "qlora"): raise ConfigError(f"adapter {adapter} trains in one process: leave deepspeed empty, or take another kind of adapter")
+    if precision == "fp16": raise ConfigError("precision fp16 scales its losses, which DeepSpeed does in another way: with deepspeed, take bf16 or fp32")
+
+# %% ../nbs/30_train.ipynb #30-train-009
 @patch
 def check(self: TrainConfig) -> None:
     "Raises ConfigError for a value that cannot be."
@@ -79,15 +89,17 @@ def check(self: TrainConfig) -> None:
     for name in ("lora_dropout", "warmup"):
         if not 0 <= getattr(self, name) < 1: raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
     if not self.arms or len(set(self.arms)) < len(self.arms): raise ConfigError(f"arms must name at least one arm, each once: {self.arms}")
-    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=("lora", "rslora", "dora", "lora+"))
+    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=ADAPTERS)
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
     for name in ("held_out", "patience"):
         if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+    if self.deepspeed and not self.feature_cache: raise ConfigError("deepspeed needs feature_cache: the encoders are not shared among the processes")
+    if self.deepspeed: check_zero(self.deepspeed, self.precision, self.adapter)
     if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
     if self.stage2_samples < 0: raise ConfigError(f"stage2_samples must be 0 (each row once) or more, not {self.stage2_samples}")
 
-# %% ../nbs/30_train.ipynb #30-train-011
+# %% ../nbs/30_train.ipynb #30-train-012
 def model_folder(cfg: TrainConfig) -> Path:
     "The folder with the three trained parts; UserError if one is missing."
     named = cfg.model.removeprefix("blip2mgm/weights/")
@@ -96,7 +108,7 @@ def model_folder(cfg: TrainConfig) -> Path:
         if not (folder/part/"config.json").is_file(): raise UserError(f"{show_path(folder)} holds no {part}: `make foundation` makes the small models")
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-012
+# %% ../nbs/30_train.ipynb #30-train-013
 def base_model(cfg: TrainConfig):
     "The model at step 0 and its tokenizer."
     import torch
@@ -108,7 +120,7 @@ def base_model(cfg: TrainConfig):
     for p in stage1_parameters(model).values(): p.data = p.data.float()
     return model, AutoTokenizer.from_pretrained(folder/"gemma")
 
-# %% ../nbs/30_train.ipynb #30-train-015
+# %% ../nbs/30_train.ipynb #30-train-016
 def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
     "Features of `pictures` into the rows from `start` on; the unit of parallel work."
     import numpy as np
@@ -119,7 +131,7 @@ def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures:
         out.flush()
     return len(pictures)
 
-# %% ../nbs/30_train.ipynb #30-train-016
+# %% ../nbs/30_train.ipynb #30-train-017
 _made = {}
 
 def _model(cfg: TrainConfig):
@@ -128,16 +140,25 @@ def _model(cfg: TrainConfig):
     if key not in _made: _made.clear(); _made[key] = base_model(cfg)[0]
     return _made[key]
 
-# %% ../nbs/30_train.ipynb #30-train-017
+# %% ../nbs/30_train.ipynb #30-train-018
 def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], aspect: str) -> str:
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
     pictures = [(p, file_hash(inside(root, p))) for p in pictures]
-    return digest([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, code_hash("mgm"), code_hash("samples")])
+    return digest([tree_hash([base/"clip", base/"convnext"]), pictures, aspect, cfg.precision, cfg.feature_cache, code_hash("mgm"), code_hash("samples")])
 
 
 
-# %% ../nbs/30_train.ipynb #30-train-018
+# %% ../nbs/30_train.ipynb #30-train-019
+def room(folder: Path, size: int) -> str:
+    "`size` bytes in words; UserError if the disk has no room for them."
+    import shutil
+    free = shutil.disk_usage(folder).free
+    words = lambda n: f"{n/2**30:.1f} GiB" if n >= 2**30 else f"{n/2**20:.1f} MiB"
+    if size > free: raise UserError(f"what the encoders see takes {words(size)} in {show_path(folder)}, where {words(free)} are free: make room, or set feature_cache to false")
+    return words(size)
+
+# %% ../nbs/30_train.ipynb #30-train-021
 def make_features(
     cfg: TrainConfig,
     root: Path,                # data folder
@@ -154,15 +175,18 @@ def make_features(
     if (folder/"features.json").is_file() and read_json(folder/"features.json")["fingerprint"] == fingerprint: return folder
     (folder/"features.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    about = dict(fingerprint=fingerprint, aspect=aspect, root=str(root), pictures=pictures)
+    if not cfg.feature_cache: write_json(folder/"features.json", dict(**about, arrays=[])); return folder
     arrays = picture_features(_model(cfg), root, pictures[:1], aspect)
+    size = room(folder, sum(t.nbytes for t in arrays.values())*len(pictures))
     for name, t in arrays.items(): np.lib.format.open_memmap(folder/f"{name}.npy", "w+", "float16", (len(pictures), *t.shape[1:])).flush()
     parts = [(i, pictures[i:i+64]) for i in range(0, len(pictures), 64)]
     todo = [pool.submit(fill, cfg.to_dict(), root, folder, aspect, i, part) for i, part in parts]
-    for t in track(todo, f"looking at pictures ({aspect})"): t.result()
-    write_json(folder/"features.json", dict(fingerprint=fingerprint, aspect=aspect, arrays=list(arrays), pictures=pictures))
+    for t in track(todo, f"looking at pictures ({aspect}, {size} on disk)"): t.result()
+    write_json(folder/"features.json", dict(**about, arrays=list(arrays)))
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-020
+# %% ../nbs/30_train.ipynb #30-train-023
 @dataclass
 class Job:
     "One arm with one seed."
@@ -178,7 +202,7 @@ class Job:
     def __str__(self): return f"{self.arm} seed {self.seed}"
     def done_file(self, stage: int) -> Path: return Path(self.folder, "stage1", "done.json") if stage == 1 else Path(self.folder, "done.json")
 
-# %% ../nbs/30_train.ipynb #30-train-021
+# %% ../nbs/30_train.ipynb #30-train-024
 def is_done(job: Job, stage: int) -> bool:
     "Whether this stage was finished with all that decides it unchanged."
     done = job.done_file(stage)
@@ -186,20 +210,20 @@ def is_done(job: Job, stage: int) -> bool:
 
 def mark_done(job: Job, stage: int, **facts) -> None: write_json(job.done_file(stage), dict(fingerprint=job.fingerprints[stage], **facts))
 
-# %% ../nbs/30_train.ipynb #30-train-022
+# %% ../nbs/30_train.ipynb #30-train-025
 def steps_of(job: Job, stage: int) -> list[dict]:
     "The step log so far; a line that is still being written is left out."
     path = Path(job.folder, f"stage{stage}", "steps.jsonl")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
-# %% ../nbs/30_train.ipynb #30-train-023
+# %% ../nbs/30_train.ipynb #30-train-026
 def events_of(job: Job, stage: int) -> list[dict]:
     "What happened out of the ordinary: batches left out, spikes and their causes."
     path = Path(job.folder, f"stage{stage}", "events.jsonl")
     return read_jsonl(path) if path.is_file() else []
 
-# %% ../nbs/30_train.ipynb #30-train-024
+# %% ../nbs/30_train.ipynb #30-train-027
 def planned(job: Job, stage: int, n_rows: int) -> tuple[int, int]:
     "Samples and steps of a stage."
     cfg = job.cfg
@@ -213,60 +237,93 @@ def hold_out(cfg: TrainConfig, samples: list[dict], stage: int) -> tuple[list[di
     away = set(sample_order([s["id"] for s in samples], cfg.held_out, "held out"))
     return [s for i, s in enumerate(samples) if i not in away], [samples[i] for i in sorted(away)]
 
-# %% ../nbs/30_train.ipynb #30-train-025
-def run_stage(job: Job, model, stage: int) -> list[dict]:
-    "Trains one stage on the given model; returns its encoded rows."
+# %% ../nbs/30_train.ipynb #30-train-029
+def peers():
+    "torch's `distributed` where this process is one of a group that trains together, else None; torch is not imported for it."
+    torch = sys.modules.get("torch")
+    return torch.distributed if torch and torch.distributed.is_initialized() else None
+
+def writes() -> bool: return not peers() or peers().get_rank() == 0
+
+def together() -> None:
+    "Waits for the others of the group, if there is one."
+    if peers(): peers().barrier()
+
+# %% ../nbs/30_train.ipynb #30-train-030
+def begun(job: Job, stage: int):
+    "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
+    from blip2mgm.adapters import attach, load_projector, read_tensors
+    from blip2mgm.mgm import stage1_parameters
+    cfg, model = job.cfg, base_model(job.cfg)[0]
+    for p in model.parameters(): p.requires_grad_(False)
+    for p in stage1_parameters(model).values(): p.requires_grad_(True)
+    if stage == 1: return model
+    load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
+    return attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+
+# %% ../nbs/30_train.ipynb #30-train-031
+def run_stage(job: Job, stage: int) -> tuple:
+    "Trains one stage; returns the trained model and the encoded rows."
     cfg, rows = job.cfg, read_jsonl(job.samples[stage])
-    job.done_file(stage).unlink(missing_ok=True)
+    if writes(): job.done_file(stage).unlink(missing_ok=True)
     n, size = planned(job, stage, len(rows))[0], cfg.stage1_batch if stage == 1 else cfg.stage2_batch
     samples, held = hold_out(cfg, rows, stage)
     order = sample_order([s["id"] for s in samples], n, job.seed, stage)
     if cfg.grouped: order = group(order, samples, size, job.seed, stage)
     batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
-    Run(model, batches, FeatureStore(job.features[stage]), cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held).run()
-    return rows
+    about = (cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
+    if cfg.deepspeed:
+        from blip2mgm.parallel import ZeroRun
+        run = ZeroRun(None, batches, FeatureStore(job.features[stage]), *about, make=lambda: begun(job, stage))
+    else:
+        model = begun(job, stage)
+        run = Run(model, batches, open_features(job.features[stage], model), *about)
+    run.run()
+    return run.model, rows
 
-# %% ../nbs/30_train.ipynb #30-train-026
-def stage1(job: Job, model) -> None:
-    "Mining and projector on the arm's captions, or as they were saved."
-    from blip2mgm.adapters import load_projector, projector_tensors, read_tensors, write_tensors
-    from blip2mgm.mgm import stage1_parameters
+# %% ../nbs/30_train.ipynb #30-train-032
+def stage1(job: Job) -> None:
+    "Mining and projector on the arm's captions, unless they were trained before."
+    from blip2mgm.adapters import projector_tensors, write_tensors
     folder = Path(job.folder, "stage1")
-    if is_done(job, 1): return load_projector(model, read_tensors(folder, "projector.safetensors"))
-    job.done_file(2).unlink(missing_ok=True)
-    for p in model.parameters(): p.requires_grad_(False)
-    for p in stage1_parameters(model).values(): p.requires_grad_(True)
-    run_stage(job, model, 1)
-    write_tensors(folder/"projector.safetensors", projector_tensors(model))
-    mark_done(job, 1)
-    clear(folder)
+    if is_done(job, 1): return
+    if writes(): job.done_file(2).unlink(missing_ok=True)
+    model, _ = run_stage(job, 1)
+    if writes():
+        write_tensors(folder/"projector.safetensors", projector_tensors(model))
+        mark_done(job, 1)
+        clear(folder)
+    together()
 
-# %% ../nbs/30_train.ipynb #30-train-027
-def stage2(job: Job, model) -> dict:
+# %% ../nbs/30_train.ipynb #30-train-033
+def stage2(job: Job) -> dict:
     "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
-    from blip2mgm.adapters import attach, check_round_trip, save
+    from blip2mgm.adapters import check_round_trip, save
     from blip2mgm.inputs import collate
     cfg = job.cfg
-    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
-    samples = run_stage(job, model, 2)
+    model, samples = run_stage(job, 2)
+    if not writes(): return {}
     last = steps_of(job, 2)[-1]
     facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps",
              "last loss": f"{last['loss']:.4f}"}
     save(model, job.folder, base=cfg.model, title=f"MGM adapter: arm {job.arm}, seed {job.seed}", facts=facts)
     few = samples[:4]
-    batch = dict(**collate(few), features=FeatureStore(job.features[2])([s["image"] for s in few]))
+    batch = dict(**collate(few), features=open_features(job.features[2], model)([s["image"] for s in few]))
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
-# %% ../nbs/30_train.ipynb #30-train-028
+# %% ../nbs/30_train.ipynb #30-train-034
 def train_arm(job: dict) -> dict:
     "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
     job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
     if is_done(job, 2) and is_done(job, 1): return read_json(Path(job.folder, "result.json"))
     try:
-        model = base_model(job.cfg)[0]
-        stage1(job, model)
-        gaps = stage2(job, model)
+        stage1(job)
+        gaps = stage2(job)
     except UserError as e: raise UserError(f"{job}: {e}") from None
+    return close(job, gaps) if writes() else {}
+
+def close(job: Job, gaps: dict) -> dict:
+    "Writes what is left to write when both stages are done."
     result = summary(job, gaps)
     write_text(Path(job.folder, "finetuning.log"), readable_log(job))
     write_json(Path(job.folder, "result.json"), result)
@@ -274,7 +331,7 @@ def train_arm(job: dict) -> dict:
     clear(Path(job.folder, "stage2"))
     return result
 
-# %% ../nbs/30_train.ipynb #30-train-029
+# %% ../nbs/30_train.ipynb #30-train-035
 def summary(job: Job, gaps: dict) -> dict:
     "What is worth knowing of a finished arm and seed."
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
@@ -288,7 +345,7 @@ def summary(job: Job, gaps: dict) -> dict:
             events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-030
+# %% ../nbs/30_train.ipynb #30-train-036
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
@@ -296,45 +353,6 @@ def readable_log(job: Job) -> str:
         lines.append(f"stage {r['stage']} step {r['step']:4d}  loss {r['loss']:.4f}  grad {r['grad_norm']:.3f}  lr {r['lr']:.2e}  "
                      f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
-
-# %% ../nbs/30_train.ipynb #30-train-032
-def begin_worker(parent: int, stop) -> None:
-    "Sets up a worker process: one thread, and an end when its parent ends or says so."
-    import threading, warnings
-    warnings.filterwarnings("ignore")
-    os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
-    import torch
-    set_threads(1)
-    torch.set_flush_denormal(True)
-    def follow():
-        while os.getppid() == parent and not stop.wait(1): pass
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
-# %% ../nbs/30_train.ipynb #30-train-034
-class Worker(SpawnProcess):
-    "A spawned process that does not run the parent's main script again."
-    @staticmethod
-    def _Popen(process):
-        main = sys.modules["__main__"]
-        hidden = {k: main.__dict__.pop(k) for k in ("__file__", "__spec__") if k in main.__dict__}
-        main.__spec__ = None
-        try: return SpawnProcess._Popen(process)
-        finally: main.__dict__.update(hidden)
-
-class Fresh(SpawnContext): Process = Worker
-
-# %% ../nbs/30_train.ipynb #30-train-036
-def worker_pool(workers: int):
-    "Fresh processes (also from a notebook), which import everything once and live as long as the stage."
-    from concurrent.futures import ProcessPoolExecutor
-    from blip2mgm.train import Fresh, begin_worker
-    keep = dict(OMP_NUM_THREADS="1", MALLOC_TRIM_THRESHOLD_="1073741824", MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TOP_PAD_="268435456")
-    for k, v in keep.items(): os.environ.setdefault(k, v)
-    stop = Fresh().Event()
-    pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
-    pool.stop = stop
-    return pool
 
 # %% ../nbs/30_train.ipynb #30-train-038
 def seeds_of(arm: str, n: int) -> list[int]:
@@ -381,7 +399,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
 
 # %% ../nbs/30_train.ipynb #30-train-043
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
-               "micro_batch", "precision", "on_bad", "on_spike")
+               "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
 
 def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, shared: list) -> dict[int, str]:
@@ -432,6 +450,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
             place = Path(j.folder, f"stage{s}")
             goes_on = newest_sound(place, j.fingerprints[s]) is not None
             if not is_done(j, s) and not goes_on: (place/"steps.jsonl").unlink(missing_ok=True)
+    if todo and todo[0].cfg.deepspeed: return run_shared(jobs, todo, total, draw)
     running = {pool.submit(train_arm, asdict(j)): j for j in todo}
     try:
         for _ in track(watch(running, total, draw), "training", total) if todo else (): pass
@@ -442,6 +461,20 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
 # %% ../nbs/30_train.ipynb #30-train-050
+def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
+    "As `run_jobs`, with all processes at one job at a time."
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from blip2mgm.parallel import launch
+    stop, pool = threading.Event(), ThreadPoolExecutor(1)
+    try:
+        for _ in track(watch({pool.submit(launch, asdict(j), stop): j for j in todo}, total, draw), "training", total): pass
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    return [read_json(Path(j.folder, "result.json")) for j in jobs]
+
+# %% ../nbs/30_train.ipynb #30-train-052
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -457,7 +490,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-053
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -466,9 +499,9 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     cfg, model = job.cfg, base_model(job.cfg)[0]
     for p in model.parameters(): p.requires_grad_(False)
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
-    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), FeatureStore(job.features[2]), cfg.lora_lr)
+    with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-054
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -487,7 +520,7 @@ def train(
     if own: finish(stage, Trained(jobs, results, ready, found))
     return Trained(jobs, results, ready, found)
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-055
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -496,7 +529,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-057
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -514,7 +547,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-059
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -523,7 +556,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-060
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -541,51 +574,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-060
-LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
-ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
-
-def smooth(values, width: int = 5):
-    "A running mean, shorter at the ends; short curves stay as they are."
-    import numpy as np
-    v, half = np.asarray(values, float), width//2 if len(values) > 4*width else 0
-    return np.array([v[max(i-half, 0):i+half+1].mean() for i in range(len(v))])
-
-# %% ../nbs/30_train.ipynb #30-train-061
-def plot_bands(
-    logs: dict,         # arm -> seed -> stage -> steps
-    stage: int,
-    key: str,           # loss, grad_norm, lr ...
-    ax,
-):
-    "One quantity over the steps of a stage, an arm a line; returns the axes."
-    import numpy as np
-    for arm, seeds in logs.items():
-        curves = [smooth([r[key] for r in s[stage]], 1 if key == "lr" else 5) for s in seeds.values() if s[stage]]
-        if not curves: continue
-        n = min(map(len, curves))
-        c = np.array([x[:n] for x in curves])
-        line, = ax.plot(c.mean(0), label=f"{arm} ({len(c)})", color=ARM_COLOURS.get(arm), lw=1.3)
-        if len(c) > 1: ax.fill_between(range(n), c.min(0), c.max(0), color=line.get_color(), alpha=.2, lw=0)
-    ax.set_xlabel("step")
-    return ax
-
 # %% ../nbs/30_train.ipynb #30-train-062
-def plot_training(
-    logs: dict,                                  # arm -> seed -> stage -> steps
-    keys: Sequence[str] = ("loss", "grad_norm", "lr"),
-):
-    "Both stages side by side, all arms, a row for each of `keys`; returns the figure."
-    import matplotlib.pyplot as plt
-    heights = [2 if k == "loss" else 1 for k in keys]
-    fig, axes = plt.subplots(len(keys), 2, figsize=(9, .5+1.6*sum(heights)), dpi=70, squeeze=False, height_ratios=heights, constrained_layout=True)
-    for key, row in zip(keys, axes):
-        for stage, ax in zip((1, 2), row): plot_bands(logs, stage, key, ax).set_title(f"stage {stage}" if key == keys[0] else "")
-        row[0].set_ylabel(LABELS[key])
-    if axes[0, 0].get_legend_handles_labels()[0]: axes[0, 0].legend(title="arm (seeds)", fontsize=8)
-    return fig
-
-# %% ../nbs/30_train.ipynb #30-train-064
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -597,14 +586,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-064
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-066
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -616,13 +605,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-069
+# %% ../nbs/30_train.ipynb #30-train-067
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-070
+# %% ../nbs/30_train.ipynb #30-train-068
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -636,14 +625,14 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-085
+# %% ../nbs/30_train.ipynb #30-train-083
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-088
+# %% ../nbs/30_train.ipynb #30-train-086
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

@@ -130,7 +130,7 @@ def test_files(run):
     for arm in ("raw", "random"):
         have = {str(f.relative_to(folder / arm / "seed0")) for f in (folder / arm / "seed0").rglob("*") if f.is_file()}
         assert have == {"adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "finetuning.log", "result.json", "probe.safetensors",
-                        "done.json", "stage1/steps.jsonl", "stage1/projector.safetensors", "stage1/done.json", "stage2/steps.jsonl"}
+                        "done.json", "stage1/steps.jsonl", "stage1/steps.tfevents", "stage1/projector.safetensors", "stage1/done.json", "stage2/steps.jsonl", "stage2/steps.tfevents"}
     assert read_json(folder / "record.json")["rows"]["left_out"] == {"raw": 0, "random": 0, "instructions": 1}
 
 
@@ -185,6 +185,31 @@ def test_features_are_what_the_encoders_see(run):
 
 def test_tables_and_words(run):
     assert "raw" in repr(results_table(run[1])) and "2 adapters" in conclusion(run[1])
+
+
+def test_without_the_feature_cache(run, tmp_path):
+    "Looking at the pictures anew in each step gives the same losses, and stores nothing"
+    from dataclasses import asdict, replace
+
+    from blip2mgm.train import make_features, train_arm
+
+    cfg, job = config(run[0], feature_cache=False), run[1].jobs[0]
+    pictures = {s: read_json(Path(job.features[s], "features.json"))["pictures"] for s in (1, 2)}
+    features = {s: str(make_features(cfg, run[0] / "data", pictures[s], a, tmp_path / a, None)) for s, a in ((1, "square"), (2, "pad"))}
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["features.json"] * 2
+    train_arm(asdict(replace(job, cfg=cfg, folder=str(tmp_path / "train"), features=features)))
+    losses = lambda place: [r["loss"] for s in (1, 2) for r in read_jsonl(place / f"stage{s}/steps.jsonl")]
+    assert all(abs(a - b) < 1e-4 for a, b in zip(losses(tmp_path / "train"), losses(run[0] / "train/raw/seed0"), strict=True))
+
+
+def test_tensorboard_reads_every_step(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = run[0] / "train/raw/seed0/stage2"
+    board = EventAccumulator(str(place / "steps.tfevents")).Reload()
+    rows = read_jsonl(place / "steps.jsonl")
+    assert {"loss", "lr", "grad_norms/LoRA", "update_ratio/projector"} <= set(board.Tags()["scalars"])
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
 
 
 def test_a_second_call_trains_nothing(run):
@@ -252,6 +277,63 @@ def test_killed_inside_a_stage(run, tmp_path, steps, monkeypatch):
     train_arm(asdict(job))
     assert len(taken) == 4, "no step was taken twice"
     assert tensors(tmp_path) == tensors(run[0]) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_several_processes_give_the_adapter_of_one(run, tmp_path, monkeypatch):
+    """One process is ended after two of four steps; two processes with ZeRO-3, which share every weight, go on from its checkpoint
+    and end where one process would have. Without dropout, whose bits differ from process to process."""
+    import threading
+    from dataclasses import asdict, replace
+
+    import torch
+    from safetensors.torch import load_file
+
+    from blip2mgm import loop
+    from blip2mgm.parallel import launch
+    from blip2mgm.train import is_done, train_arm
+
+    shared = json.loads((ROOT / "params/deepspeed/zero3.json").read_text())
+    shared["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or tensors as small as these would not be shared out
+    (tmp_path / "zero3.json").write_text(json.dumps(shared))
+    same = dict(lora_dropout=0.0, checkpoint_every=1, stage2_batch=3)  # 7 rows: the last batch holds one, so one process is left without
+    one, two = (replace(run[1].jobs[0], cfg=config(run[0], **same, **more), folder=str(tmp_path / to / "raw/seed0"))
+                for to, more in dict(one={}, two=dict(deepspeed=str(tmp_path / "zero3.json"), workers=2)).items())
+    train_arm(asdict(one))
+
+    taken, step = [], loop.Run.step
+
+    def few(self):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(step(self))
+
+    with monkeypatch.context() as m:
+        m.setattr(loop.Run, "step", few)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(asdict(replace(one, folder=two.folder)))
+    launch(asdict(two), threading.Event())
+
+    folders = [Path(j.folder) for j in (one, two)]
+    assert is_done(two, 2) and not list(folders[1].rglob("checkpoint-*")) and not (folders[1] / "processes.log").exists()
+    rows = [[r for s in (1, 2) for r in read_jsonl(f / f"stage{s}/steps.jsonl")] for f in folders]
+    assert len(rows[0]) == 5 and all(abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(*rows, strict=True))
+    for name in ("adapter_model", "non_lora_trainables"):
+        a, b = (load_file(f / f"{name}.safetensors") for f in folders)
+        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_what_several_processes_say_when_they_fail(run, tmp_path, monkeypatch):
+    "The message of the first is the message of the training; a file that cannot be used is refused before anything starts"
+    from blip2mgm import parallel
+
+    monkeypatch.setattr(parallel, "command", lambda *args: [sys.executable, "-c", "print('x\\nblip2mgm: raw seed 0: no disk'); raise SystemExit(1)"])
+    import threading
+
+    with pytest.raises(UserError, match="^raw seed 0: no disk$"):
+        parallel.launch(dict(folder=str(tmp_path), cfg=dict(workers=2)), threading.Event())
+    (tmp_path / "z.json").write_text(json.dumps(dict(zero_optimization=dict(stage=2), bf16=dict(enabled=True))))
+    with pytest.raises(ConfigError, match="sets bf16: leave it out"):
+        config(run[0], deepspeed=str(tmp_path / "z.json"))
 
 
 def test_checking_and_merging_from_the_command_line(run, tmp_path, capsys):
