@@ -1172,6 +1172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'blip2mgm.search.Place.of': ('search.html#place.of', 'blip2mgm/search.py'),
                                  'blip2mgm.search._data': ('search.html#_data', 'blip2mgm/search.py'),
                                  'blip2mgm.search._lower': ('search.html#_lower', 'blip2mgm/search.py'),
+                                 'blip2mgm.search._quiet': ('search.html#_quiet', 'blip2mgm/search.py'),
                                  'blip2mgm.search._raise': ('search.html#_raise', 'blip2mgm/search.py'),
                                  'blip2mgm.search.advice_table': ('search.html#advice_table', 'blip2mgm/search.py'),
                                  'blip2mgm.search.advise': ('search.html#advise', 'blip2mgm/search.py'),

@@ -288,6 +288,8 @@ def load_instructblip(
     "An InstructBLIP with its processor; UserError if there is none"
     import torch
     from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     place = weights_dir()/"instructblip" if model == "shipped" else model
     try:
         m = InstructBlipForConditionalGeneration.from_pretrained(place, dtype=getattr(torch, dtype))

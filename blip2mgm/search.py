@@ -5,7 +5,7 @@
 # %% ../nbs/097_search.ipynb #097-search-003
 from __future__ import annotations
 
-import functools, math
+import functools, math, os
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -71,9 +71,13 @@ def log_of(place: Place, cfg: RunConfig) -> list[dict]:
     return read_jsonl(path) if path.is_file() else []
 
 # %% ../nbs/097_search.ipynb #097-search-008
+def _quiet():
+    "Libraries' notices in a worker go nowhere; its errors come back with its result"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
 def worker_pool(workers: int):
     "Processes that each keep model and pictures"
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
 
 def run_all(
     place: Place,

@@ -32,7 +32,7 @@ class TuneConfig(Config):
     trials: int = 2               # settings that the search tries
     finalists: int = 1            # of the best trials, confirmed beside the recommended start
     seeds: int = 2                # fresh seeds a finalist
-    follow: int = 1               # runs a branch of the decision tree in which its advice is followed
+    followed: int = 1             # runs a branch of the decision tree in which its advice is followed
     workers: int = 1              # processes
     seed: int = 0                 # of pictures, search and first runs
 
