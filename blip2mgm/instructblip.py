@@ -25,6 +25,7 @@ def listing(site: O.Site) -> str:
     things = [f"{t.size} {t.color} {t.shape} {place(t.row, t.col)}" for t in site.things]
     return f"{site.land}, {'no road' if site.road == 'none' else 'road ' + O.road_words(site.road)[12:-1]}: " + ", ".join(things)
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-007
 def telling(site: O.Site) -> str:
     "What one sees, in a sentence that says no places: the answer to `TELL`"
     things = ", ".join(f"{O.an(t.size)} {t.color} {t.shape}" for t in site.things)
@@ -33,7 +34,7 @@ def telling(site: O.Site) -> str:
 
 LIST, TELL, DESCRIBE = "List what is there.", "Say what you see.", "Describe the image in detail."
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-007
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-008
 def asked(site: O.Site, rng: random.Random) -> tuple[str, str]:
     "A question about a site and its answer"
     at = {(t.row, t.col): t for t in site.things}
@@ -44,12 +45,13 @@ def asked(site: O.Site, rng: random.Random) -> tuple[str, str]:
                        (f"What is at the {place(row, col)}?", f"{O.an(there.size)} {there.color} {there.shape}" if there else "nothing"),
                        ("Is there a road?", "no" if site.road == "none" else f"yes, {O.road_words(site.road)[12:-1]}")))
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-009
 def lesson(site: O.Site, rng: random.Random) -> tuple[str, str]:
     "An instruction of the foundation and what is to be answered"
     u = rng.random()
     return (LIST, listing(site)) if u < .45 else (TELL, telling(site)) if u < .65 else asked(site, rng)
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-010
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-012
 def world_words() -> list[str]:
     "Every word of captions, lessons and instructions, sorted"
     rng, text = random.Random(0), [LIST, TELL, DESCRIBE]
@@ -58,6 +60,7 @@ def world_words() -> list[str]:
         text += [O.caption(s), listing(s), telling(s), *asked(s, rng)]
     return sorted(set(re.findall("[A-Za-z]+", " ".join(text))))
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-013
 def make_tokenizer():
     "Words with the space before them, and marks, as transformers' PreTrainedTokenizerFast"
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -71,7 +74,7 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>",
                                    padding_side="right", model_input_names=["input_ids", "attention_mask"])
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-013
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-016
 def fresh_model(vocabulary: int):
     "A small InstructBlipForConditionalGeneration, begun from the shipped BLIP-2"
     from safetensors.torch import load_file
@@ -86,12 +89,13 @@ def fresh_model(vocabulary: int):
     m.load_state_dict({k: v.float() for k, v in old.items() if k in own and own[k].shape == v.shape}, strict=False)
     return m
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-017
 def processor_of(tokenizer, size: int, queries: int):
     "Its processor: picture size, tokenizer for both readers"
     from transformers import BlipImageProcessor, InstructBlipProcessor
     return InstructBlipProcessor(BlipImageProcessor(size=dict(height=size, width=size)), tokenizer, tokenizer, num_query_tokens=queries)
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-016
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-020
 def seen_vision():
     "A stand-in for the image encoder that is given what the encoder saw [B, P, C]"
     import torch
@@ -100,6 +104,7 @@ def seen_vision():
         def forward(self, pixel_values, **kwargs): return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
     return Seen()
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-021
 def see(model, processor, images: Sequence, batch: int = 64):
     "What the model's own image encoder sees in pictures (files, bytes or PIL) [N, P, C]"
     import io, torch
@@ -111,7 +116,7 @@ def see(model, processor, images: Sequence, batch: int = 64):
         with torch.no_grad(): out.append(model.vision_model(pixel_values=x.to(p.device, p.dtype)).last_hidden_state.float().cpu())
     return torch.cat(out)
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-018
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-023
 @dataclass
 class Encoded:
     "Pairs ready to train on"
@@ -128,12 +133,13 @@ class Encoded:
         return dict(pixel_values=self.seen[rows], qformer_input_ids=self.asked[rows, :q], qformer_attention_mask=self.asked_mask[rows, :q],
                     input_ids=self.ids[rows, :n], attention_mask=self.mask[rows, :n], labels=self.labels[rows, :n])
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-019
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-024
 def _padded(rows, value):
     import torch
     out = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
     return out, (torch.arange(out.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]).long()
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-025
 def encode(
     processor, config,              # of the model
     seen,                           # [N, P, C] from `see`
@@ -151,7 +157,7 @@ def encode(
     assert (ids == config.image_token_index).sum(1).eq(config.num_query_tokens).all(), "a row lacks image placeholders: its picture would be ignored"
     return Encoded(seen, ids, mask, labels, q, qmask)
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-024
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-030
 FIELDS = dict(kind=7, color=7, size=3, land=4, road=7)
 
 def site_codes(site: O.Site):
@@ -162,6 +168,7 @@ def site_codes(site: O.Site):
     y[:, 3:] = list(O.LANDS).index(site.land), O.ROADS.index(site.road)
     return y
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-031
 def cell_loss(logits, codes):
     "Sum over fields of the cross-entropy of `logits` [..., 28] against `codes` [..., 5]; 'none' weighs as much as all that is there"
     import torch.nn.functional as F
@@ -171,7 +178,7 @@ def cell_loss(logits, codes):
         total = total + F.cross_entropy(l[there], y[there]) + (F.cross_entropy(l[~there], y[~there]) if k < 3 else 0)
     return total
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-025
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-032
 def train_encoder(model, views, codes, steps: int, batch: int, log: Path, seed: int):
     "The image encoder learns to name what is in each cell from its patches [B, 6, 6, C]; returns the head"
     import numpy as np, torch
@@ -186,6 +193,7 @@ def train_encoder(model, views, codes, steps: int, batch: int, log: Path, seed: 
     vit.train(); optimise([vit, head], loss, steps, 5e-4, log, seed); vit.eval().requires_grad_(False)
     return head
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-033
 def train_reader(model, data: Encoded, codes, steps: int, batch: int, log: Path, seed: int):
     "Q-Former and language model learn the lessons from what the encoder saw"
     import torch
@@ -198,7 +206,7 @@ def train_reader(model, data: Encoded, codes, steps: int, batch: int, log: Path,
     model.train(); optimise([model, head], loss, steps, 1.5e-3, log, seed); model.eval()
     model.vision_model = vision
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-027
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-035
 CARD = """---
 license: apache-2.0
 ---
@@ -220,13 +228,14 @@ def foundation_pictures(n: int, seed: int) -> tuple[list, list[bytes]]:
         sites.append(O.make_site(rng)); files.append(O.render(sites[-1], rng))
     return sites, files
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-036
 def views_of(files: list[bytes], size: int):
     "Pictures as uint8 [N, size, size, 3], resized as the processor does it"
     import io, numpy as np
     from PIL import Image
     return np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for f in files])
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-028
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-037
 def make_instructblip(
     folder: str | Path,           # where it goes
     pictures: int = 4000,         # foundation pictures drawn
@@ -256,7 +265,7 @@ def make_instructblip(
     write_json(folder/"record.json", record)
     return record
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-030
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-039
 def answers_of(model, processor, seen, prompts: Sequence[str], max_new_tokens: int = 96, batch: int = 64) -> list[str]:
     "What the model answers (greedily) to instructions of one length about pictures it has seen [N, P, C]"
     import torch
@@ -271,6 +280,7 @@ def answers_of(model, processor, seen, prompts: Sequence[str], max_new_tokens: i
     model.vision_model = vision
     return [re.sub(r"^\s*" + re.escape(p) + r"\s*", "", o).strip() for p, o in zip(prompts, out)]
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-040
 def measure(model, processor, n: int, seed: int) -> dict:
     "Share of right answers on held-out foundation pictures, by instruction"
     sites, files = foundation_pictures(n, seed)
@@ -280,7 +290,7 @@ def measure(model, processor, n: int, seed: int) -> dict:
         right[prompt] = sum(a == answer(s) for a, s in zip(said, sites)) / n
     return right
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-034
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-044
 def load_instructblip(
     model: str = "shipped",    # "shipped", a folder, or a hub id
     dtype: str = "float32",    # of the weights: float32, bfloat16, float16
@@ -296,7 +306,7 @@ def load_instructblip(
         return m.eval(), InstructBlipProcessor.from_pretrained(place)
     except (OSError, ValueError) as e: raise UserError(f"no InstructBLIP in {model}: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/095_instructblip.ipynb #095-instructblip-041
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-051
 QFORMER = ("query", "key", "value", "dense")
 TARGETS = ("qformer", "language", "both")
 
@@ -306,11 +316,13 @@ def language_targets(model) -> list[str]:
     names = {n.rsplit(".", 1)[-1] for n, m in model.language_model.named_modules() if isinstance(m, torch.nn.Linear)}
     return sorted(names - {"lm_head"})
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-052
 def lora_pattern(model, targets: str = "both") -> str:
     "The pattern of the layers that get LoRA"
     parts = dict(qformer=rf"qformer\..*\.({'|'.join(QFORMER)})", language=rf"language_model\..*\.({'|'.join(language_targets(model))})")
     return "|".join(parts.values()) if targets == "both" else parts[targets]
 
+# %% ../nbs/095_instructblip.ipynb #095-instructblip-053
 def add_lora(
     model,
     r: int = 8,               # rank

@@ -30,11 +30,12 @@ class Site:
     "The truth of one overhead picture; `road` is one of `ROADS`, a thing's `shape` one of `KINDS`"
     land: str; road: str; things: tuple
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-006
 def site_from(d: dict) -> Site:
     "The site that `dataclasses.asdict` turned into `d`"
     return Site(d["land"], d["road"], tuple(Thing(**t) for t in d["things"]))
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-007
+# %% ../nbs/094_overhead.ipynb #094-overhead-008
 SPLITS = dict(foundation=(0, 60), train=(60, 80), validation=(80, 90), test=(90, 100))
 
 def split_of(site: Site) -> str:
@@ -42,6 +43,7 @@ def split_of(site: Site) -> str:
     h = int(hashlib.sha256(json.dumps(asdict(site), sort_keys=True).encode()).hexdigest(), 16) % 100
     return next(s for s, (lo, hi) in SPLITS.items() if lo <= h < hi)
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-009
 def _draw_site(rng):
     land, road = rng.choice(list(LANDS)), rng.choice(ROADS) if rng.random() < .6 else "none"
     axis, _, n = road.partition(" ")
@@ -49,12 +51,13 @@ def _draw_site(rng):
     cells = sorted(rng.sample(free, rng.randint(1, 3)))
     return Site(land, road, tuple(Thing(r, c, rng.choice(FOUND[land]), rng.choice(PAINTS), rng.choice(list(SIZES))) for r, c in cells))
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-010
 def make_site(rng: random.Random, split: str = "foundation") -> Site:
     "A random site of `split`"
     while True:
         if split_of(s := _draw_site(rng)) == split: return s
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-010
+# %% ../nbs/094_overhead.ipynb #094-overhead-013
 def _draw_thing(d, kind, x, y, r, paint):
     "Draws one thing around (x, y) with radius r in pixels; shadows and roof ridges are dark"
     box = lambda a, b, c, e: [x + a * r, y + b * r, x + c * r, y + e * r]
@@ -75,7 +78,7 @@ def _draw_thing(d, kind, x, y, r, paint):
         d.rectangle(box(-1, -1, 1, 1), fill=paint)
         for k in (-.6, -.2, .2, .6): d.line(box(k, -1, k, 1), fill=dark, width=max(1, round(r * .1)))
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-011
+# %% ../nbs/094_overhead.ipynb #094-overhead-014
 def _draw_road(d, road, side, k):
     "A grey band with a white line through the middle of its row or column"
     axis, _, n = road.partition(" ")
@@ -84,6 +87,7 @@ def _draw_road(d, road, side, k):
         lo, hi = m - half * k, m + half * k
         d.rectangle([0, lo, side, hi] if axis == "row" else [lo, 0, hi, side], fill=color)
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-015
 def draw(site: Site, rng: random.Random, side: int = 192) -> Image.Image:
     "The site as an RGB picture of `side` pixels, with jitter and sensor noise from `rng`"
     k = side / 96
@@ -97,13 +101,14 @@ def draw(site: Site, rng: random.Random, side: int = 192) -> Image.Image:
     x, y = rng.randrange(1100 - side), rng.randrange(1100 - side)
     return ImageChops.add(im, _noise().crop((x, y, x + side, y + side)), offset=-4)
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-016
 def render(site: Site, rng: random.Random) -> bytes:
     "The site as a JPEG file"
     buf = io.BytesIO()
     draw(site, rng).save(buf, "JPEG", quality=85)
     return buf.getvalue()
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-013
+# %% ../nbs/094_overhead.ipynb #094-overhead-018
 def an(word: str) -> str: return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 def road_words(road: str) -> str:
@@ -112,19 +117,21 @@ def road_words(road: str) -> str:
     if road == "none": return "There is no road."
     return f"A road runs from left to right in the {ROWS[int(n)]}." if axis == "row" else f"A road runs from top to bottom in the {COLS[int(n)]}."
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-019
 def counted(site: Site) -> str:
     "How many of what: 'two planes and one truck'"
     n = Counter(t.shape for t in site.things)
     parts = [f"{NUMBERS[n[k]]} {k}{'s' * (n[k] > 1)}" for k in KINDS if k in n]
     return " and ".join(parts)
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-020
 def caption(site: Site) -> str:
     "The full and true description of a site in RSICap's manner"
     verb = "is" if counted(site).startswith("one") else "are"
     things = [f"{an(t.size).capitalize()} {t.color} {t.shape} is at the {place(t.row, t.col)}." for t in site.things]
     return " ".join([f"This is an aerial image of {an(site.land)}.", f"There {verb} {counted(site)}.", *things, road_words(site.road)])
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-017
+# %% ../nbs/094_overhead.ipynb #094-overhead-024
 _THING = re.compile(r"an? (small|large) (\w+) (\w+) is at the ((?:top|middle|bottom) (?:left|center|right)|center)")
 
 def read_caption(text: str) -> dict:
@@ -134,7 +141,7 @@ def read_caption(text: str) -> dict:
     counts = re.findall(rf"({'|'.join(NUMBERS[1:])}) ({'|'.join(KINDS)})s?\b", text.partition(". ")[2])
     return dict(land=land and land[1], road=road and road[1], count=sorted(counts), at={p: (s, c, k) for s, c, k, p in _THING.findall(text)})
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-018
+# %% ../nbs/094_overhead.ipynb #094-overhead-025
 CLAIMS = ("land", "count", "road", "size", "color", "kind", "place")
 
 def agreement(text: str, site: Site) -> dict[str, float]:
@@ -146,7 +153,7 @@ def agreement(text: str, site: Site) -> dict[str, float]:
     out["place"] = len(said["at"].keys() & true["at"].keys()) / len(said["at"].keys() | true["at"].keys())
     return out | {"all": sum(out[k] for k in CLAIMS) / len(CLAIMS), "exact": float(all(v == 1 for v in out.values()))}
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-022
+# %% ../nbs/094_overhead.ipynb #094-overhead-029
 STUDY_SIZES = dict(train=2500, validation=200, test=300)   # the study's longest run used 2,500 pictures
 SMOKE_SIZES = dict(train=24, validation=8, test=8)
 
@@ -161,6 +168,7 @@ def write_split(folder: Path, split: str, n: int, seed: int = 0) -> Path:
     write_json(folder/f"truth_{split}.json", truth)
     return write_json(folder/f"{split}.json", dict(annotations=rows))
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-030
 def ensure_overhead(folder: str | Path, sizes: dict[str, int], seed: int = 0) -> Path:
     "The folder with an overhead world of these sizes, drawn now unless it is there; whole or absent"
     folder, made = Path(folder), dict(sizes=sizes, seed=seed)
@@ -172,12 +180,13 @@ def ensure_overhead(folder: str | Path, sizes: dict[str, int], seed: int = 0) ->
     shutil.rmtree(folder, ignore_errors=True); side.rename(folder)
     return folder
 
-# %% ../nbs/094_overhead.ipynb #094-overhead-023
+# %% ../nbs/094_overhead.ipynb #094-overhead-031
 @dataclass
 class Pair:
     "A picture with its caption; the site where it is known"
     image: Path; text: str; site: Site | None = None
 
+# %% ../nbs/094_overhead.ipynb #094-overhead-032
 def read_rsicap(
     root: str | Path,         # the folder with the json files and, below it, the pictures
     split: str,               # reads SPLIT.json: {"annotations": [{"filename", "text_output"}, ...]}

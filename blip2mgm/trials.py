@@ -56,6 +56,7 @@ class Data:
     sets: dict       # split -> Encoded
     pairs: dict      # split -> list of Pair
 
+# %% ../nbs/096_trials.ipynb #096-trials-010
 def load_data(
     root: str | Path,                  # a folder in RSICap's format
     folder: str | Path,                # where seen-SPLIT.safetensors are kept
@@ -76,7 +77,7 @@ def load_data(
         sets[s] = encode(processor, m.config, load_file(path)["seen"], [DESCRIBE] * len(rows), [r.text for r in rows])
     return Data(model, processor, m.config, sets, pairs)
 
-# %% ../nbs/096_trials.ipynb #096-trials-012
+# %% ../nbs/096_trials.ipynb #096-trials-013
 @dataclass
 class Tuning:
     "A tuning run at work: the model with its adapter, and where it stands"
@@ -87,6 +88,7 @@ class Tuning:
     scale: float = 65536.0
     events: list = field(default_factory=list)
 
+# %% ../nbs/096_trials.ipynb #096-trials-014
 def begin(data: Data, cfg: RunConfig, steps: int) -> Tuning:
     "Model, adapter and optimiser; with LoRA+ the B matrices learn 16 times as fast"
     import torch
@@ -100,7 +102,7 @@ def begin(data: Data, cfg: RunConfig, steps: int) -> Tuning:
     opt = torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.)
     return Tuning(model, opt, cfg, steps)
 
-# %% ../nbs/096_trials.ipynb #096-trials-013
+# %% ../nbs/096_trials.ipynb #096-trials-015
 def trained_of(t: Tuning) -> list: return [p for g in t.opt.param_groups for p in g["params"]]
 
 def loss_of(t: Tuning, batch: dict):
@@ -109,6 +111,7 @@ def loss_of(t: Tuning, batch: dict):
     if t.cfg.precision == "half": batch = batch | {"pixel_values": batch["pixel_values"].half()}
     with computing("fp32" if t.cfg.precision == "half" else t.cfg.precision): return t.model(**batch).loss
 
+# %% ../nbs/096_trials.ipynb #096-trials-016
 def backward(t: Tuning, batch: dict) -> tuple[float, float]:
     "Gradients of a batch: loss, and gradient norm before clipping"
     import torch
@@ -122,7 +125,7 @@ def backward(t: Tuning, batch: dict) -> tuple[float, float]:
         if scale <= 1 or math.isfinite(norm) or not math.isfinite(loss.item()): return loss.item(), norm
         t.scale /= 2
 
-# %% ../nbs/096_trials.ipynb #096-trials-014
+# %% ../nbs/096_trials.ipynb #096-trials-017
 def take_step(t: Tuning, k: int, batch: dict) -> dict:
     "One step and its line for the log; a step that is not finite is not taken"
     import torch
@@ -142,7 +145,7 @@ def take_step(t: Tuning, k: int, batch: dict) -> dict:
     moved = norms({"x": torch._foreach_sub([p.detach() for p in params], before)})["x"] / max(norms({"x": before})["x"], 1e-12)
     return row | dict(grad_norms={"LoRA": norm}, update_ratio={"LoRA": moved})
 
-# %% ../nbs/096_trials.ipynb #096-trials-017
+# %% ../nbs/096_trials.ipynb #096-trials-020
 def held_loss(t: Tuning, held, batch: int = 50) -> float:
     "Mean loss over the label tokens of held-out pairs"
     import torch
@@ -153,6 +156,7 @@ def held_loss(t: Tuning, held, batch: int = 50) -> float:
     t.model.train()
     return total / n
 
+# %% ../nbs/096_trials.ipynb #096-trials-021
 @dataclass
 class Outcome:
     "What came of a run"
@@ -167,7 +171,7 @@ class Outcome:
         "Everything but log and model"
         return dict(cfg=self.cfg.to_dict(), validation=self.validation, best_epoch=self.best_epoch, steps=len(self.rows), seconds=round(self.seconds, 2), events=[asdict(e) for e in self.events])
 
-# %% ../nbs/096_trials.ipynb #096-trials-018
+# %% ../nbs/096_trials.ipynb #096-trials-022
 BAD_STEPS = 5   # as many in a row that are not finite end a run
 
 def tune_run(
@@ -196,6 +200,7 @@ def tune_run(
         if cfg.patience and epoch - best[1] >= cfg.patience: break
     return _outcome(t, log, best if cfg.patience else (row["validation"], best[1], None), start, folder)
 
+# %% ../nbs/096_trials.ipynb #096-trials-023
 def _outcome(t, log, best, start, folder):
     "Puts the kept weights back and writes the summary"
     import torch
@@ -206,13 +211,14 @@ def _outcome(t, log, best, start, folder):
     write_json(Path(folder)/"summary.json", o.summary())
     return o
 
-# %% ../nbs/096_trials.ipynb #096-trials-029
+# %% ../nbs/096_trials.ipynb #096-trials-034
 def picture_scores(said: Sequence[str], pairs: Sequence[O.Pair]) -> list[float]:
     "For each caption the share of true claims where the site is known, else ROUGE-L"
     from rouge_score.rouge_scorer import RougeScorer
     rouge = RougeScorer(["rougeL"])
     return [O.agreement(s, p.site)["all"] if p.site else rouge.score(p.text, s)["rougeL"].fmeasure for s, p in zip(said, pairs, strict=True)]
 
+# %% ../nbs/096_trials.ipynb #096-trials-035
 def caption_scores(said: Sequence[str], pairs: Sequence[O.Pair]) -> dict[str, float]:
     "BLEU (0-100), ROUGE-L (0-1), CIDEr (0-10), and the share of true claims and of captions without a fault where the truth is known"
     from pycocoevalcap.cider.cider import Cider
@@ -226,6 +232,7 @@ def caption_scores(said: Sequence[str], pairs: Sequence[O.Pair]) -> dict[str, fl
     known = [O.agreement(s, p.site) for s, p in zip(said, pairs) if p.site]
     return out | ({"true": sum(a["all"] for a in known) / len(known), "exact": sum(a["exact"] for a in known) / len(known)} if known else {})
 
+# %% ../nbs/096_trials.ipynb #096-trials-036
 def describe(model, data: Data, split: str = "test") -> list[str]:
     "The model's captions of a split"
     from blip2mgm.instructblip import answers_of

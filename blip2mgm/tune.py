@@ -49,6 +49,7 @@ def place_of(cfg: TuneConfig, stage: Stage) -> Place:
     root = ensure_overhead(stage.run/"overhead", sizes, cfg.seed) if cfg.source == "overhead" else resolve(cfg.source)
     return Place(str(root), str(stage.dir), cfg.model)
 
+# %% ../nbs/60_tune.ipynb #60-tune-010
 def study_runs(cfg: TuneConfig, most: int) -> dict[str, RunConfig]:
     "The study's runs by name, with at most the epochs and samples there are"
     found = {Path(f).stem: RunConfig.load(f) for f in cfg.runs}
@@ -59,9 +60,10 @@ def recommended(cfg: TuneConfig) -> RunConfig:
     c = RunConfig(epochs=cfg.epochs, samples=cfg.samples, seed=cfg.seed)
     return replace(c, warmup=min(c.warmup, round(START["warmup share"] * c.epochs * -(-c.samples // c.batch))))
 
-# %% ../nbs/60_tune.ipynb #60-tune-011
+# %% ../nbs/60_tune.ipynb #60-tune-012
 def arrow(values: list) -> str: return " → ".join("NaN" if v is None or v != v else f"{v:.2f}" for v in values)
 
+# %% ../nbs/60_tune.ipynb #60-tune-013
 def study_table(place: Place, cfgs: dict[str, RunConfig], done: list[dict], vocabulary: int) -> Table:
     "A run of the study a line: its settings, what the study reported, what came out here, and the branch of the decision tree"
     rows = []
@@ -73,6 +75,7 @@ def study_table(place: Place, cfgs: dict[str, RunConfig], done: list[dict], voca
                      "seconds an epoch": d["seconds"] / c.epochs, "the tree says": found.name if found else "nothing wrong"})
     return show_table(rows)
 
+# %% ../nbs/60_tune.ipynb #60-tune-014
 def ranges_table(study) -> Table:
     "The best trial's settings, and those of the best quarter of all finished trials"
     trials = finished(study); top = trials[:max(2, len(trials) // 4)]
@@ -83,7 +86,7 @@ def ranges_table(study) -> Table:
         rows.append({"setting": k, "best trial": f"{v:.2g}" if numeric else v, f"best {len(top)} of {len(trials)}": f"{min(values):.2g} to {max(values):.2g}" if numeric else ", ".join(f"{x} ({values.count(x)})" for x in dict.fromkeys(values))})
     return show_table(rows)
 
-# %% ../nbs/60_tune.ipynb #60-tune-012
+# %% ../nbs/60_tune.ipynb #60-tune-015
 def conclusion(start: Finalist, best: Finalist, comparison, seeds: int) -> str:
     "What was found, in words that the numbers bear out"
     mean = lambda v: sum(v) / len(v)
