@@ -289,9 +289,9 @@ def plot_runs(logs: dict, keys=("loss", "validation", "grad_norm", "lr")):
     from blip2mgm.train import smooth
     fig, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.6), dpi=70, constrained_layout=True)
     for key, ax in zip(keys, axes):
-        for name, rows in logs.items():
+        for i, (name, rows) in enumerate(logs.items()):
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None and math.isfinite(r[key])]
-            if points: ax.plot([s for s, _ in points], smooth([v for _, v in points]) if key in ("loss", "grad_norm") else [v for _, v in points], lw=1.1, marker="o" if key == "validation" else None, ms=3, label=name)
+            if points: ax.plot([s for s, _ in points], smooth([v for _, v in points]) if key in ("loss", "grad_norm") else [v for _, v in points], lw=1.1, color=f"C{i}", marker="o" if key == "validation" else None, ms=3, label=name)
         ax.set(title={"loss": "training loss", "validation": "validation loss", "grad_norm": "gradient norm", "lr": "learning rate"}[key], xlabel="step")
     if axes[0].get_legend_handles_labels()[0]: axes[0].legend(title="run", fontsize=7)
     plt.close(fig)
