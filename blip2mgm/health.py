@@ -15,8 +15,8 @@ from .show import Table, show_table
 # %% auto #0
 __all__ = ['SPIKE', 'HISTORY', 'STUDY', 'batch_output', 'Finding', 'findings_table', 'label_view', 'check_samples',
            'image_matters', 'try_out', 'overfit', 'lr_range', 'fair_rate', 'dtype_range', 'preflight', 'blame',
-           'first_bad_module', 'not_finite', 'is_spike', 'smoothed', 'tenth', 'impossible', 'diverging', 'plateau',
-           'oscillating', 'overfitting', 'dead', 'diagnose']
+           'first_bad_in', 'first_bad_module', 'not_finite', 'is_spike', 'smoothed', 'tenth', 'impossible', 'diverging',
+           'plateau', 'oscillating', 'overfitting', 'dead', 'diagnose']
 
 # %% ../nbs/06_health.ipynb #06-health-008
 def batch_output(model, batch: list[dict], store: Callable, n_labels: int | None = None):
@@ -163,20 +163,25 @@ def _finite(x) -> bool:
     tensors = [t for t in (x if isinstance(x, (tuple, list)) else [x]) if torch.is_tensor(t) and t.is_floating_point()]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
-def first_bad_module(model, batch: list[dict], store: Callable) -> str:
-    "Where a forward pass first turns finite numbers into others; the first such gradient if it does not."
+def first_bad_in(model, run: Callable) -> str | None:
+    "Where `run`, a forward pass of the model, first turns finite numbers into others; else the first such weight or gradient."
     import torch
     bad = []
     def look(name):
         return lambda _, args, out: bad.append(name) if not bad and _finite(list(args)) and not _finite(out) else None
     hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n]
     try:
-        with torch.no_grad(): batch_output(model, batch, store)
+        with torch.no_grad(): run()
     finally: [h.remove() for h in hooks]
     if bad: return bad[0]
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and not _finite(p)]
     grads = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    return f"the weight {wrong[0]}" if wrong else f"the gradient of {grads[0]}" if grads else "the features of the picture" if not _finite(list(store([s["image"] for s in batch]).aux)) else "no single module"
+    return f"the weight {wrong[0]}" if wrong else f"the gradient of {grads[0]}" if grads else None
+
+def first_bad_module(model, batch: list[dict], store: Callable) -> str:
+    "Where a forward pass first turns finite numbers into others; the first such gradient if it does not."
+    found = first_bad_in(model, lambda: batch_output(model, batch, store))
+    return found or ("the features of the picture" if not _finite(list(store([s["image"] for s in batch]).aux)) else "no single module")
 
 # %% ../nbs/06_health.ipynb #06-health-037
 def not_finite(model, batch: list[dict], store: Callable, where: str, loss: float, norm: float) -> Finding | None:
