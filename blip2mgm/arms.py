@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from .core import UserError, read_jsonl, show_path, write_jsonl
-from .data import caption_of, text_of, write_dj, write_parquet
+from .formats import caption_of, text_of, write_dj, write_parquet
 from .recipe import CAPTIONER, operators
 
 # %% ../nbs/092_arms.ipynb #092-arms-005

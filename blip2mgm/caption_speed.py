@@ -7,7 +7,7 @@ __all__ = ['OPT_WORDS', 'WAYS', 'CHILD', 'ENHANCE', 'enlarged', 'middle_sized', 
            'ratios', 'enhance', 'interrupted', 'million']
 
 # %% ../nbs/91_caption_speed.ipynb #91-caption-speed-002
-import json, os, random, shutil, subprocess, sys, time
+import json, random, subprocess, sys, time
 from pathlib import Path
 
 from .benchmarks import cost
@@ -49,7 +49,7 @@ def middle_sized(folder: Path) -> Path:
 def stock(folder, paths, size):
     "Data-Juicer's captioner"
     from data_juicer.ops.mapper.image_captioning_mapper import ImageCaptioningMapper
-    from blip2mgm.data import text_of
+    from blip2mgm.formats import text_of
     op = ImageCaptioningMapper(hf_img2seq=str(folder), keep_original_sample=False, gpu_batch_size=size, batch_size=max(size, 2), accelerator="cpu")
     def write(paths):
         for k in range(0, len(paths), size):

@@ -9,7 +9,6 @@ __all__ = ['TIE', 'KEEP', 'Draft', 'Caption', 'How', 'Job', 'Captioner', 'View',
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple

@@ -238,7 +238,7 @@ def _in_turn(jobs: list[Job], so_far: SoFar) -> Iterator[int]:
 def _side_by_side(jobs: list[Job], workers: int, so_far: SoFar) -> Iterator[int]:
     "Runs the jobs in processes of their own; yields once per answer."
     from blip2mgm.evaluate import answer      # a process started afresh must find it in the module
-    from blip2mgm.train import worker_pool
+    from blip2mgm.workers import worker_pool
     with worker_pool(workers) as pool: yield from _watch(jobs, {pool.submit(answer, j): j for j in sorted(jobs, key=lambda j: -len(j.items))}, so_far)
 
 def run_jobs(jobs: list[Job], workers: int, so_far: SoFar) -> int:

@@ -118,7 +118,7 @@ def tagged(answers: list[dict], name: str, tags: dict) -> list[dict]:
 def plot_curves(rows: list[dict], task: str, axes=None):
     "Score under each corruption over its strength, one line an arm; returns the axes."
     import matplotlib.pyplot as plt
-    from blip2mgm.train import ARM_COLOURS
+    from blip2mgm.curves import ARM_COLOURS
     mine = [r for r in rows if r["task"] == task]
     kinds = list(dict.fromkeys(r["kind"] for r in mine if r["strength"]))
     if axes is None: _, axes = plt.subplots(1, len(kinds), figsize=(1.9 * len(kinds), 2.2), sharey=True, layout="constrained")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json, math, os, subprocess, sys, threading, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -17,7 +17,7 @@ from torch import distributed, nn
 from .core import ConfigError, UserError, read_json, resolve, show_path, write_json
 from .health import Finding, not_finite
 from .inputs import collate
-from .loop import Run, StepLog, checkpoints, computing, draw, newest_sound, norms, optimiser, parts, pieces
+from .loop import Run, computing, draw, newest_sound, norms, optimiser, parts, pieces
 
 # %% auto #0
 __all__ = ['OWN', 'SLOTS', 'SAID', 'zero_config', 'PieceLoss', 'shares', 'ZeroRun', 'fill', 'whole_layers', 'remember',

@@ -70,7 +70,7 @@ def model_rows(scores: list[dict], root: Path, out: Path) -> list[dict]:
 def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
     "One group of bars per question type, one bar per arm."
     import numpy as np
-    from blip2mgm.train import ARM_COLOURS
+    from blip2mgm.curves import ARM_COLOURS
     x, width = np.arange(len(kinds)), .8 / len(arms)
     for i, arm in enumerate(arms):
         by_seed = np.array([[100 * s["by_type"][k]["score"] for k in kinds] for s in scores if s["arm"] == arm])      # [S, types]

@@ -8,7 +8,7 @@ __all__ = ['FAMILIES', 'read_picture', 'shrink', 'pixels', 'weights_hash', 'mode
            'likelihood']
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-002
-import hashlib, random, re
+import hashlib, re
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple

@@ -12,9 +12,11 @@ from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
-from .core import (Config, ConfigError, Stage, Table, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml,
-                           resolve, show_path, show_table, track, tree_hash, versions, weights_dir, write_json, write_jsonl, write_text)
-from .curves import ARM_COLOURS, plot_training
+from .core import (Config, ConfigError, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml, resolve,
+                           show_path, tree_hash, weights_dir, write_json, write_jsonl, write_text)
+from .show import Table, show_table, track
+from .stage import Stage, versions
+from .curves import plot_training
 from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order

@@ -9,8 +9,10 @@ __all__ = ['TuneConfig', 'place_of', 'study_runs', 'recommended', 'arrow', 'stud
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .core import Config, ConfigError, Stage, Table, resolve, show_table, write_json
-from .search import START, Finalist, Place, branch, config_of, finished, log_of, run_all, short
+from .core import Config, ConfigError, resolve
+from .show import Table, show_table
+from .stage import Stage
+from .search import START, Finalist, Place, branch, finished, log_of, short
 from .trials import RunConfig
 
 # %% ../nbs/60_tune.ipynb #60-tune-006

@@ -93,7 +93,7 @@ def plot_verdict(compared: list, cfg: ReportConfig):
 def plot_scores(scores: list[dict], majority: dict[str, float]):
     "Mean score of each arm with its interval, every seed as a dot, the majority answer as a line, as a figure."
     from blip2mgm.explore import panels
-    from blip2mgm.train import ARM_COLOURS
+    from blip2mgm.curves import ARM_COLOURS
     tasks = list(majority)
     columns, rows = _grid(len(tasks), 3)
     fig, axs = panels(columns, width=4.6 * columns, height=3 * rows, rows=rows)

@@ -18,7 +18,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from blip2mgm.captioner import Captioner
 from blip2mgm.core import UserError, project_root
-from blip2mgm.data import text_of
+from blip2mgm.formats import text_of
 from blip2mgm.mapper import Memory, deciders, remembered, with_captions
 from blip2mgm.speaker import ask, load_model, opening, pixels, read_picture, search, see, shrink, speak, speech_model, stop_tokens, weights_hash
 
