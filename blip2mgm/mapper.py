@@ -13,15 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import List, Optional
 
-import blip2mgm.captioner as captioning, blip2mgm.core as core, blip2mgm.data as data   # in full: this file is also loaded from outside the package
+import blip2mgm.captioner as captioning, blip2mgm.core as core, blip2mgm.formats as formats, blip2mgm.stage as stage   # in full: this file is also loaded from outside the package
 
 # %% ../nbs/094_mapper.ipynb #094-mapper-007
 def with_captions(text:str, captions:list[str]) -> str:
     "`text` with the words of each chunk that has pictures replaced by one caption per picture"
-    left, chunks = list(captions), text.split(data.END)
+    left, chunks = list(captions), text.split(formats.END)
     for i, chunk in enumerate(chunks):
-        if n := chunk.count(data.IMAGE): chunks[i], left = "".join(f"{data.IMAGE}\n{c} " for c in left[:n]), left[n:]
-    return data.END.join(chunks)
+        if n := chunk.count(formats.IMAGE): chunks[i], left = "".join(f"{formats.IMAGE}\n{c} " for c in left[:n]), left[n:]
+    return formats.END.join(chunks)
 
 # %% ../nbs/094_mapper.ipynb #094-mapper-010
 class Memory:
@@ -64,7 +64,7 @@ def deciders(captioner) -> str:
     "Hash of what decides the captions of a captioner, apart from the picture"
     how = {k: v for k, v in asdict(captioner.how).items() if k not in ("batch", "scorer")}
     scorer = captioning.model_hash(captioner.how.scorer) if captioner.how.scorer else ""
-    programs = {k: core.versions().get(k) for k in ("torch", "transformers", "Pillow")}
+    programs = {k: stage.versions().get(k) for k in ("torch", "transformers", "Pillow")}
     return core.digest([captioner.hash, str(captioner.model.dtype), captioner.model.device.type, how, scorer, core.code_hash("captioner"), programs])
 
 def _key(decided:str, how, picture, name, text) -> str | None:
@@ -92,7 +92,7 @@ def remembered(captioner, memory, images:list, names:list, texts:list) -> list:
 # %% ../nbs/094_mapper.ipynb #094-mapper-017
 def _row_caption(text, images, captions) -> tuple[str, str, str]:
     "Text, caption and status of one row from the captions of its images"
-    tokens = (text or "").count(data.IMAGE)
+    tokens = (text or "").count(formats.IMAGE)
     if tokens != len(images) or not images: return text, "", f"error: {len(images)} images for {tokens} image tokens"
     status = next((c.status for kind in ("error", "cut") for c in captions if c.status.startswith(kind)), "ok")
     if status.startswith("error"): return text, "", status
@@ -100,9 +100,9 @@ def _row_caption(text, images, captions) -> tuple[str, str, str]:
 
 def caption_rows(captioner, texts:list, images:list, names:list, memory=None) -> list[tuple[str, str, str, list]]:
     "(text, caption, status, captions) for each row of a Data-Juicer batch; a bad row keeps its text and says why"
-    todo = [(i, im) for i, (t, ims) in enumerate(zip(texts, images)) for im in ims or [] if (t or "").count(data.IMAGE) == len(ims)]
+    todo = [(i, im) for i, (t, ims) in enumerate(zip(texts, images)) for im in ims or [] if (t or "").count(formats.IMAGE) == len(ims)]
     called = [f"{names[i]}/{k}" if len(images[i]) > 1 else names[i] for k, (i, _) in enumerate(todo)]
-    done = remembered(captioner, memory, [im for _, im in todo], called, [data.caption_of(texts[i]) for i, _ in todo])
+    done = remembered(captioner, memory, [im for _, im in todo], called, [formats.caption_of(texts[i]) for i, _ in todo])
     by_row = {}
     for (i, _), c in zip(todo, done): by_row.setdefault(i, []).append(c)
     return [(*_row_caption(t, ims or [], by_row.get(i, [])), by_row.get(i, [])) for i, (t, ims) in enumerate(zip(texts, images))]
@@ -129,7 +129,7 @@ def _process(op, samples, rank=None):
     names = [x if x is not None else str(ims) for x, ims in zip(names, images)]
     writer, rows = _captioner(op.weights, device=device, **op.how), [i for i in range(n) if _chosen(op.share, op.how["seed"], names[i])]
     done = dict(zip(rows, caption_rows(writer, [texts[i] for i in rows], [images[i] for i in rows], [names[i] for i in rows], _memory(op.store))))
-    done = [done.get(i) or (t, data.caption_of(t), "as it was", []) for i, t in enumerate(texts)]
+    done = [done.get(i) or (t, formats.caption_of(t), "as it was", []) for i, t in enumerate(texts)]
     for k, key in enumerate((op.text_key, "caption", "caption_status")): samples[key] = [d[k] for d in done]
     samples["caption_model"] = [op.weights[:12]] * n
     if writer.how.several: samples["caption_drafts"] = [json.dumps([d._asdict() for c in d[3] for d in c.drafts]) for d in done]
