@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import pictures as P
+from . import pictures as P, world as W
 from .core import Config, write_json
 from .show import track
 
@@ -475,7 +475,7 @@ def _seen_turns(scene, rng, k):
 
 def _text_turns(scene, rng):
     "Questions about a written description, lettered ones or short ones"
-    turns = P.letter_turns(scene, rng, 4) if rng.random() < .5 else [(P.short_prompt(q), a) for _, q, a in all_questions(scene, rng, 3)[:7]]
+    turns = W.letter_turns(scene, rng, 4) if rng.random() < .5 else [(P.short_prompt(q), a) for _, q, a in all_questions(scene, rng, 3)[:7]]
     (q, a), *rest = turns
     return [(f"Description: {P.true_caption(scene)}\n{q}", a), *rest]
 
@@ -483,7 +483,7 @@ SHARES = ((.15, .15, .25, 0.), (.15, .15, .30, .25), (.15, .15, .30, .25))   # w
 
 def foundation_talk(scene: P.Scene, other: P.Scene, rng: random.Random, k: int = 1) -> tuple[bool, list[tuple[str, str]]]:
     "One conversation for Gemma's round `k`: does it show the picture, and its turns"
-    kinds = (lambda: [(P.CAPTION, P.raw_caption(scene, rng, other))], lambda: [(P.CAPTION, P.true_caption(scene))], lambda: _seen_turns(scene, rng, k), lambda: P.letter_turns(scene, rng, 4))
+    kinds = (lambda: [(P.CAPTION, P.raw_caption(scene, rng, other))], lambda: [(P.CAPTION, P.true_caption(scene))], lambda: _seen_turns(scene, rng, k), lambda: W.letter_turns(scene, rng, 4))
     i = rng.choices(range(5), [*SHARES[k], 1 - sum(SHARES[k])])[0]
     return i < 4, kinds[i]() if i < 4 else _text_turns(scene, rng)
 
@@ -491,7 +491,7 @@ def page(scene: P.Scene, rng: random.Random, k: int = 1) -> list[tuple[str, str]
     "A page of text for round `k`: pairs of what is given and what is to be predicted, a description and all the questions about it"
     lettered = rng.random() < .3
     asked = k and rng.random() < .4 and where_questions(scene, rng) or all_questions(scene, rng)
-    qs = [(q.removesuffix(P.LETTER), a) for q, a in P.letter_turns(scene, rng, 16)] if lettered else [(q, a) for _, q, a in asked]
+    qs = [(q.removesuffix(P.LETTER), a) for q, a in W.letter_turns(scene, rng, 16)] if lettered else [(q, a) for _, q, a in asked]
     return [(f"Description: {P.true_caption(scene)}\n", ""), *qs[:16]]
 
 # %% ../nbs/70_foundation.ipynb #70-foundation-045
@@ -513,7 +513,7 @@ def _encode_talk(scene, other, rng, tok, k):
     from blip2mgm.mgm import encode_conversation
     if rng.random() < .25: return False, *_encode_page(page(scene, rng, k), tok)
     image, turns = foundation_talk(scene, other, rng, k)
-    e = encode_conversation(P.conversation(turns, image), tok, image, 512)
+    e = encode_conversation(W.conversation(turns, image), tok, image, 512)
     return image, list(e["input_ids"]), _mask_ends(list(e["labels"]))
 
 def _encode_talks(args):
@@ -584,13 +584,13 @@ def _measure_gemma(m, tok, pool, device):
     rng, rows = random.Random(0), []
     for i, s in enumerate(pool.scenes):
         rows += [(i, f"seen {k}", P.short_prompt(q), a) for k, q, a in P.questions(s, rng)]
-        rows += [(i, "seen letter", q, a) for q, a in P.letter_turns(s, rng, 1)]
+        rows += [(i, "seen letter", q, a) for q, a in W.letter_turns(s, rng, 1)]
         rows += [(-1, f"read {k}", f"Description: {P.true_caption(s)}\n{P.short_prompt(q)}", a) for k, q, a in P.questions(s, rng)]
-        rows += [(-1, "read letter", f"Description: {P.true_caption(s)}\n{q}", a) for q, a in P.letter_turns(s, rng, 1)]
+        rows += [(-1, "read letter", f"Description: {P.true_caption(s)}\n{q}", a) for q, a in W.letter_turns(s, rng, 1)]
     rows, tally = sorted(rows, key=lambda r: r[0] >= 0), {}
     for chunk in [[r for r in rows if (r[0] >= 0) == shown][k:k + 64] for shown in (True, False) for k in range(0, len(rows), 64)]:
         if not chunk: continue
-        e = [encode_conversation(P.conversation([(q, a)], i >= 0), tok, i >= 0, 512) for i, _, q, a in chunk]
+        e = [encode_conversation(W.conversation([(q, a)], i >= 0), tok, i >= 0, 512) for i, _, q, a in chunk]
         with torch.no_grad(): o = _talk_output(m, [(r[0], list(x["input_ids"]), list(x["labels"])) for r, x in zip(chunk, e)], pool, device)
         right = (o.logits[:, :-1].argmax(-1) == o.labels[:, 1:]) | (o.labels[:, 1:] == -100)
         for r, ok in zip(chunk, right.all(1).tolist()): tally.setdefault(r[1], []).append(ok)

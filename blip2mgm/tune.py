@@ -25,7 +25,7 @@ class TuneConfig(Config):
     pictures: int = 24            # training pictures of the embedded world
     held_out: int = 8             # its validation pictures: runs are chosen by them
     test_pictures: int = 8        # its test pictures: nothing is chosen by them
-    runs: list[str] = field(default_factory=lambda: ["params/study/runs/1.yaml"])  # the study's runs
+    runs: list[str] = field(default_factory=lambda: ["params/study/original/1.yaml"])  # the study's runs
     max_epochs: int = 1           # at most so many epochs of each of the study's runs; 0: as many as it had
     samples: int = 24             # training pictures of a run in the search
     epochs: int = 1               # epochs of a run in the search

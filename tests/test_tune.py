@@ -14,7 +14,7 @@ from blip2mgm.search import Place, START, TREE, branch, propose, run_one
 from blip2mgm.trials import RunConfig, begin, load_data, take_step, tune_run
 from blip2mgm.tune import TuneConfig, study_runs
 
-RUNS = sorted((ROOT / "params/study/runs").glob("*.yaml"))
+RUNS = sorted((ROOT / "params/study/original").glob("*.yaml"))
 STUDY = {  # lr, batch, samples, rank, alpha, precision, warmup, clip as the study noted them
     "1": (5e-6, 2, 20, 4, 8, "half", 0, 0), "2": (5e-6, 8, 400, 8, 16, "fp32", 0, 0), "3": (1e-3, 4, 400, 16, 32, "fp32", 0, 0),
     "4": (2e-4, 4, 400, 16, 32, "fp32", 200, 1), "5": (2e-4, 8, 100, 16, 32, "fp32", 0, 0), "5b": (2e-4, 16, 2500, 16, 32, "fp32", 0, 0)}
