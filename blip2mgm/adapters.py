@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'KINDS', 'MEMORIES', 'CARD', 'TOLERANCE', 'target_pattern', 'QuickDropout', 'reseed', 'lean_forward',
-           'make_lean', 'lora_layers', 'adapter_config', 'quantise', 'unpacked', 'attach', 'part_of', 'trainable_table',
-           'trained', 'plan_ranks', 'keep_apart', 'move_ranks', 'rank_memory', 'recall_ranks', 'base_hash',
-           'adapter_tensors', 'saved_form', 'projector_tensors', 'check_tuned', 'model_card', 'save', 'write_tensors',
-           'facts_of', 'probe', 'read_tensors', 'check_fit', 'check_base', 'lora_settings', 'load', 'load_projector',
-           'merge', 'check_round_trip', 'check_folder']
+           'make_lean', 'own_dropout', 'lora_layers', 'adapter_config', 'quantise', 'unpacked', 'attach', 'attach_lora',
+           'part_of', 'trainable_table', 'trained', 'plan_ranks', 'keep_apart', 'move_ranks', 'rank_memory',
+           'recall_ranks', 'base_hash', 'adapter_tensors', 'saved_form', 'projector_tensors', 'check_tuned',
+           'model_card', 'save', 'write_tensors', 'facts_of', 'probe', 'read_tensors', 'check_fit', 'check_base',
+           'lora_settings', 'load', 'load_projector', 'merge', 'check_round_trip', 'check_folder']
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-003
 import hashlib, json, logging, os, re, types, warnings
@@ -72,18 +72,23 @@ def lean_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), (self.lora_B["default"].weight*scale).T).view(out.shape)
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-016
-def make_lean(model: MGM) -> None:
+def make_lean(model: nn.Module) -> None:
     "Plain LoRA layers of the model take the lean way in training."
     for layer in lora_layers(model):
         if not getattr(layer, "lora_variant", None) and not hasattr(layer, "lora_E"): layer.forward = types.MethodType(lean_forward, layer)
 
+def own_dropout(model: nn.Module, p: float, seed: int) -> None:
+    "Each adapted layer gets a dropout of its own, seeded by its place, and the lean way."
+    for i, layer in enumerate(lora_layers(model)): layer.lora_dropout["default"] = QuickDropout(p, seed + i)
+    make_lean(model)
+
 # %% ../nbs/05_adapters.ipynb #05-adapters-017
-def lora_layers(model: MGM) -> list[nn.Module]:
-    "The adapted layers."
-    return [m for m in model.lm.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+def lora_layers(model: nn.Module) -> list[nn.Module]:
+    "The adapted layers, in the model's order."
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-019
-KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "lora+": {}, "pissa": dict(init_lora_weights="pissa_niter_16"), "adalora": {}, "qlora": {}}
+KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "lora+": {}, "pissa": dict(init_lora_weights="pissa_niter_16"), "adalora": {}, "qlora": {}, "prefix": {}}
 
 def adapter_config(kind: str, r: int, alpha: int, dropout: float, targets: Sequence[str] = TARGETS):
     "PEFT's configuration of an adapter on the language model."
@@ -120,34 +125,39 @@ def unpacked(model: MGM):
 # %% ../nbs/05_adapters.ipynb #05-adapters-022
 def attach(
     model: MGM,
-    r: int = 16,             # rank
+    r: int = 16,             # rank; keys and values a layer of a prefix
     alpha: int = 32,         # the addition is scaled by alpha / r
     dropout: float = 0.1,
     seed: int = 0,           # of the adapter's first values
     targets: Sequence[str] = TARGETS,
     kind: str = "lora",      # one of KINDS
 ) -> MGM:                    # the same model
-    "LoRA on the language model; what is trained from here on: adapter, mining, projector."
-    from peft import get_peft_model
+    "An adapter on the language model; what is trained from here on: adapter, mining, projector."
+    from blip2mgm.prefix import attach_prefix
     if hasattr(model.lm, "peft_config"): raise ValueError("the model already has an adapter")
-    if kind in ("pissa", "qlora"): model.base_mark = base_hash(model)     # both change how the base is stored
+    if kind in ("pissa", "qlora", "prefix"): model.base_mark = base_hash(model)     # they change how the base is stored, or its names
     if kind == "qlora": quantise(model, targets)
-    config = adapter_config(kind, r, alpha, dropout, targets)
+    if kind == "prefix": attach_prefix(model, r, seed)
+    else: attach_lora(model, adapter_config(kind, r, alpha, dropout, targets), seed)
+    for p in stage1_parameters(model).values(): p.requires_grad_(True)
+    model.adapter_kind = kind
+    if kind in ("pissa", "prefix"): model.first = {n: t.clone() for n, t in adapter_tensors(model).items()}
+    return model
+
+def attach_lora(model: MGM, config, seed: int) -> None:
+    "LoRA on the language model by PEFT's configuration, its first values and dropouts from `seed`."
+    from peft import get_peft_model
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", FutureWarning)
         model.lm = get_peft_model(model.lm, config)
-    for p in stage1_parameters(model).values(): p.requires_grad_(True)
-    for i, layer in enumerate(lora_layers(model)): layer.lora_dropout["default"] = QuickDropout(dropout, seed + i)
-    make_lean(model)
-    model.adapter_kind = kind
-    if kind == "pissa": model.first = {n: t.clone() for n, t in adapter_tensors(model).items()}
-    return model
+    own_dropout(model, config.lora_dropout, seed)
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-027
 def part_of(name: str) -> str:
     "The part of the model that a parameter belongs to."
     if "lora_" in name: return "LoRA"
+    if "prompt_encoder" in name: return "prefix"
     heads = {"lm.": "language model", "clip.": "CLIP", "convnext.": "ConvNeXt", "vlm_uni_": "mining", "mm_projector.": "projector"}
     return next(v for k, v in heads.items() if name.startswith(k))
 
@@ -219,13 +229,14 @@ def adapter_tensors(model: MGM) -> dict[str, torch.Tensor]:
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-043
 def saved_form(model: MGM) -> tuple[dict[str, torch.Tensor], dict]:
-    "The adapter's tensors and PEFT settings as they are saved; UserError if a PiSSA adapter was not trained."
+    "The adapter's tensors and PEFT settings as they are saved; UserError if one that begins with other values than 0 was not trained."
     from peft import LoraConfig
+    from blip2mgm.prefix import turned
     c, kind = model.lm.peft_config["default"], model.adapter_kind
     now = {} if kind == "adalora" else adapter_tensors(model)
-    if kind not in ("pissa", "adalora"): return now, c.to_dict()
+    if hasattr(model, "first") and all(torch.equal(now[n], t) for n, t in model.first.items()): raise UserError("not saved: the tuned model equals its base (no tensor of the adapter has changed); did training run?")
+    if kind not in ("pissa", "adalora"): return turned(model, now, 1) if kind == "prefix" else now, c.to_dict()
     if kind == "pissa":
-        if all(torch.equal(now[n], t) for n, t in model.first.items()): raise UserError("not saved: the tuned model equals its base (no matrix of the adapter has changed); did training run?")
         now, r, alpha = {n: torch.cat([t, model.first[n]] if "lora_A" in n else [t, -model.first[n]], int("lora_B" in n)) for n, t in now.items()}, 2*c.r, 2*c.lora_alpha
     else:
         for n, l in ((n, l) for n, l in model.lm.named_modules() if hasattr(l, "lora_E")):
@@ -244,18 +255,18 @@ def check_tuned(adapter: dict[str, torch.Tensor], rest: dict[str, torch.Tensor])
     "Raises UserError if a tensor is not finite or if the adapter changes nothing."
     bad = [n for n, t in {**adapter, **rest}.items() if not torch.isfinite(t).all()]
     if bad: raise UserError(f"not saved: {len(bad)} tensors hold values that are not finite, first {bad[0]}")
-    if not any(t.any() for n, t in adapter.items() if "lora_B" in n):
+    if not any(t.any() for n, t in adapter.items() if "lora_A" not in n):
         raise UserError("not saved: the tuned model equals its base (every B matrix of the adapter is zero); did training run?")
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-048
 CARD = """---
 library_name: peft
 base_model: {base}
-tags: [lora, mgm]
+tags: [{kind}, mgm]
 ---
 # {title}
 
-LoRA adapter (rank {r}, alpha {alpha}) for the language model of MGM, with the mining and projector weights trained beside it.
+{what} for the language model of MGM, with the mining and projector weights trained beside it.
 
 | | |
 |---|---|
@@ -265,10 +276,11 @@ Base weights: `{base}`, fingerprint `{hash}`. Load with `blip2mgm.adapters.load(
 """
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-049
-def model_card(title: str, base: str, hash: str, r: int, alpha: int, facts: dict) -> str:
+def model_card(title: str, base: str, hash: str, kind: str, config: dict, facts: dict) -> str:
     "A README for the adapter's folder."
+    what = f"Prefix of {config['num_virtual_tokens']} keys and values a layer" if kind == "prefix" else f"LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']})"
     rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
-    return CARD.format(title=title, base=base, hash=hash, r=r, alpha=alpha, facts=rows)
+    return CARD.format(title=title, base=base, hash=hash, kind=kind, what=what, facts=rows)
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-050
 def save(
@@ -291,7 +303,7 @@ def save(
     write_tensors(folder/"probe.safetensors", dict(logits=probe(model)))
     mark = base_hash(model)
     write_json(folder/"config.json", {"model_type": "mgm_gemma", "base": base, "base_hash": mark, "adapter": model.adapter_kind, **facts_of(model)})
-    write_text(folder/"README.md", model_card(title, base, mark, config["r"], config["lora_alpha"], facts or {}))
+    write_text(folder/"README.md", model_card(title, base, mark, model.adapter_kind, config, facts or {}))
     return folder
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-051
@@ -353,6 +365,7 @@ def lora_settings(folder: Path) -> dict:
     path = folder/"adapter_config.json"
     if not path.is_file(): raise UserError(f"{show_path(folder)} holds no adapter_config.json: it is not a PEFT adapter")
     c = json.loads(path.read_text())
+    if c.get("peft_type") == "PREFIX_TUNING": return dict(r=c["num_virtual_tokens"], kind="prefix")
     if c.get("peft_type") != "LORA": raise UserError(f"{show_path(path)}: adapters of type {c.get('peft_type')} are not supported")
     found = re.search(r"\(([^()]*)\)$", c["target_modules"]) if isinstance(c["target_modules"], str) else None
     targets = found[1].split("|") if found else sorted(c["target_modules"])
@@ -367,6 +380,7 @@ def load(
 ) -> MGM:           # the same model, in evaluation mode
     "The trained adapter, mining and projector onto their base."
     from peft import set_peft_model_state_dict
+    from blip2mgm.prefix import turned
     folder = Path(folder)
     settings = lora_settings(folder)
     adapter, rest = (read_tensors(folder, n) for n in ("adapter_model.safetensors", "non_lora_trainables.safetensors"))
@@ -375,7 +389,7 @@ def load(
     attach(model, **settings)
     check_fit("adapter_model.safetensors", adapter, adapter_tensors(model))
     check_fit("non_lora_trainables.safetensors", rest, projector_tensors(model))
-    set_peft_model_state_dict(model.lm, adapter)
+    set_peft_model_state_dict(model.lm, turned(model, adapter, -1) if model.adapter_kind == "prefix" else adapter)
     load_projector(model, rest)
     return model.eval()
 
@@ -389,7 +403,8 @@ def load_projector(model: MGM, tensors: dict[str, torch.Tensor]) -> None:
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-068
 def merge(model: MGM) -> MGM:
-    "The adapter added to the language model's own weights; no adapter is left, and no 4-bit layer."
+    "The adapter added to the language model's own weights; no adapter is left, and no 4-bit layer. UserError for a prefix."
+    if model.adapter_kind == "prefix": raise UserError("a prefix is not an addition to weights and can't be merged: use the adapter's folder with its base")
     model.lm = unpacked(model) if model.adapter_kind == "qlora" else model.lm.merge_and_unload()
     return model
 
@@ -410,13 +425,13 @@ def check_round_trip(
         want = model.eval()(**batch).logits
         again = load(base(), folder)
         gaps = {"reloaded": (again(**batch).logits-want).abs().max().item()}
-        gaps["merged"] = (merge(again)(**batch).logits-want).abs().max().item()
+        if again.adapter_kind != "prefix": gaps["merged"] = (merge(again)(**batch).logits-want).abs().max().item()
     model.train(mode)
     for what, gap in gaps.items():
         if not gap <= tolerance*want.abs().max(): raise UserError(f"the {what} adapter in {show_path(folder)} answers otherwise than the trained model: logits differ by {gap:.2g}")
     return gaps
 
-# %% ../nbs/05_adapters.ipynb #05-adapters-073
+# %% ../nbs/05_adapters.ipynb #05-adapters-075
 def check_folder(
     folder,                     # as saved
     base: Callable[[], MGM],    # makes the base model afresh
@@ -427,7 +442,7 @@ def check_folder(
     check_tuned(adapter_tensors(model), projector_tensors(model))
     said = read_tensors(folder, "probe.safetensors")["logits"]
     limit, gaps = TOLERANCE[model.gemma.dtype]*said.abs().max().item(), {"loaded": (probe(model)-said).abs().max().item()}
-    gaps["merged"] = (probe(merge(model))-said).abs().max().item()
+    if model.adapter_kind != "prefix": gaps["merged"] = (probe(merge(model))-said).abs().max().item()
     for what, gap in gaps.items():
         if not gap <= limit: raise UserError(f"{show_path(folder)}: {what}, it answers otherwise than when it was trained: logits differ by {gap:.2g}, {limit:.2g} is allowed")
     lines = [("files and names", "all there"), ("base weights", "the ones it was trained on"), ("values", "finite, and not all zero"),

@@ -12,7 +12,8 @@ __all__ = ['LABELS', 'ARM_COLOURS', 'smooth', 'plot_bands', 'plot_training']
 
 # %% ../nbs/06_curves.ipynb #06-curves-005
 LABELS = dict(loss="loss per label token", grad_norm="gradient norm", lr="learning rate")
-ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray")
+ARM_COLOURS = dict(raw="tab:blue", blip2_filtered="tab:orange", random="tab:green", raw_again="tab:gray", raw_filtered="tab:cyan", blip2="tab:olive", mix="tab:pink",
+                   worst_half="tab:purple", shuffled="tab:brown", blind="black")
 
 def smooth(values, width: int = 5):
     "A running mean, shorter at the ends; short curves stay as they are."

@@ -5,14 +5,20 @@
 # %% ../nbs/06_forecast.ipynb #06-forecast-003
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% auto #0
-__all__ = ['SIZE', 'FULL', 'Plan', 'meta_model', 'counts', 'kept_bytes', 'fused_shape', 'layer_bytes', 'forecast',
+__all__ = ['SIZE', 'FULL', 'Plan', 'meta_model', 'counts', 'Held', 'fake_model', 'fake_loss', 'rehearsed', 'forecast',
            'largest_batch', 'work', 'dry_run', 'peak_mib']
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-006
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     "A training of MGM, as far as its memory goes."
     tuning: str = "lora"        # projector (stage 1), lora or full
@@ -33,7 +39,6 @@ FULL = dict(vocab_size=256000, hidden_size=2048, intermediate_size=16384, num_hi
 # %% ../nbs/06_forecast.ipynb #06-forecast-008
 def meta_model(said: dict, plan: Plan):
     "The model of a published config.json with what the plan trains, without memory."
-    import torch
     from blip2mgm.adapters import attach
     from blip2mgm.mgm import build, stage1_parameters
     with torch.device("meta"):
@@ -51,77 +56,90 @@ def counts(model) -> dict[str, int]:
     return dict(trained=size(lambda n, p: p.requires_grad), frozen=size(lambda n, p: not p.requires_grad and not eyes(n)), encoders=size(lambda n, p: eyes(n)))
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-011
-def kept_bytes(run, weights) -> int:
-    "Bytes that `run()` keeps for the backward pass, besides `weights`."
-    import torch
-    own, kept = {w.untyped_storage()._cdata for w in weights}, {}
-    def keep(t):
+class Held(TorchDispatchMode):
+    "Bytes of tensors: held `now`, and the most at a time (`peak`), of those made within this mode and those given."
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+        for t in tensors: self.note(t)
+
+    def note(self, t: torch.Tensor) -> None:
         s = t.untyped_storage()
-        if s._cdata not in own: kept[s._cdata] = (s.nbytes(), t)
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = run()
-    del out
-    return sum(n for n, _ in kept.values())
+        if s._cdata in self.sizes: return
+        self.sizes[s._cdata] = s.nbytes()
+        self.now += s.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(s, self.let_go, s._cdata)
+
+    def let_go(self, key: int) -> None: self.now -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor): self.note(t)
+        return out
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-014
-def fused_shape(module, q, k, v, mask, **kwargs):
-    "Stands in for a fused attention: keeps what that keeps, and computes nothing."
-    import torch
-    class Fused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            out = torch.empty_like(q)
-            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-            return out
-        @staticmethod
-        def backward(ctx, g): raise NotImplementedError
-    return Fused.apply(q, k, v).transpose(1, 2), None
+def fake_model(said: dict, plan: Plan):
+    "The model of a published config.json as it trains by the plan, made of fake tensors; call it within a FakeTensorMode."
+    model = meta_model(said, plan).train()
+    model.checkpointing, low = plan.checkpointing, dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[plan.precision]
+    for p in model.parameters():
+        if not p.requires_grad: p.data = p.data.to(low)
+    return model
+
+def fake_loss(model, plan: Plan) -> torch.Tensor:
+    "The loss of a batch of the plan: every sample with a picture and all its labels at its end."
+    from blip2mgm.vision import Features
+    B, P, Q = plan.batch, model.n_image_tokens, plan.labels
+    side, low, number = model.config.image_size_aux//4, next(model.clip.parameters()).dtype, dict(dtype=torch.long)
+    maps = [torch.empty(B, c, side >> i, side >> i, dtype=low) for i, c in enumerate(model.convnext.config.hidden_sizes)]
+    tokens = model.image_tokens(Features(torch.empty(B, P, model.clip.config.hidden_size, dtype=low), maps))
+    text = model.gemma.get_input_embeddings()(torch.empty(B, plan.tokens - P, **number))
+    embeds = torch.cat([tokens.to(text.dtype), text], 1)*model.embed_scale
+    every = (torch.empty(B*Q, **number),)*2                       # sample and place of each label
+    return model.loss_at_labels(embeds, torch.empty(B, Q, **number), every, torch.empty(B*Q, **number))[0]
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-015
-def layer_bytes(model, plan: Plan) -> int:
-    "What one layer of the language model keeps for a batch of the plan."
-    import torch
+@cache
+def _rehearsed(said: str, plan: Plan) -> int:
+    import json
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from blip2mgm.loop import computing
-    lm = model.train().gemma.model
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[plan.precision]
-    from transformers import AttentionInterface
-    AttentionInterface.register("shape", fused_shape)
-    lm.config._attn_implementation = "shape"
-    layer = lm.layers[0].to(dtype)
-    for n, p in layer.named_parameters():
-        if p.requires_grad: p.data = p.data.float()
-    with torch.device("meta"):
-        hidden = torch.empty(plan.batch, plan.tokens, lm.config.hidden_size, dtype=dtype, requires_grad=True)
-        rope = tuple(torch.empty(1, plan.tokens, lm.layers[0].self_attn.head_dim, dtype=dtype) for _ in range(2))
-        with computing(plan.precision):
-            run = lambda: layer(hidden, attention_mask=None, position_ids=None, position_embeddings=rope)
-            return kept_bytes(run, [*layer.parameters(), *layer.buffers()])
+    model = fake_model(json.loads(said), plan)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.gemma.tie_weights()
+        def once():
+            with computing(plan.precision): loss = fake_loss(model, plan)
+            loss.backward()
+        once()
+        held = Held([t for p in model.parameters() for t in (p, p.grad) if t is not None])
+        before = held.now
+        with held: once()
+    return held.peak - before
+
+def rehearsed(said: dict, plan: Plan) -> int:
+    "Bytes that a step of the plan holds at most besides weights, gradients and optimiser. Layers are alike: two and three of them tell of all."
+    import json
+    two, three = (_rehearsed(json.dumps({**said, "num_hidden_layers": k}, sort_keys=True), replace(plan, zero=0, processes=1, cached=True)) for k in (2, 3))
+    return two + (said["num_hidden_layers"] - 2)*(three - two)
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-017
 def forecast(said: dict, plan: Plan) -> dict[str, float]:
     "GiB by use, from a published config.json and a plan; `all` is their sum."
-    model, size = meta_model(said, plan), SIZE[plan.precision]
-    n, lm = counts(model), model.gemma.config
+    n, size = counts(meta_model(said, plan)), SIZE[plan.precision]
     share = lambda stage: plan.processes if plan.zero >= stage else 1
-    one, inputs = layer_bytes(model, plan), plan.batch*plan.tokens*lm.hidden_size*size
-    P, side, grid = model.n_image_tokens, model.config.image_size_aux//4, sum(model.convnext.config.hidden_sizes)
-    out = {"weights": (n["frozen"]*size + n["encoders"]*size*(not plan.cached))/share(3) + n["trained"]*4/share(3),
-           "gradients": n["trained"]*4/share(2), "optimiser": n["trained"]*8/share(2),
-           "layers": lm.num_hidden_layers*inputs + one if plan.checkpointing else lm.num_hidden_layers*one,
-           "logits and loss": plan.batch*plan.labels*lm.vocab_size*(size + 3*4),
-           "mining": plan.batch*(side*side*grid*4*3 + P*4*4*model.clip.config.hidden_size)}
+    out = {"weights": (n["frozen"]*size + n["encoders"]*size*(not plan.cached) + n["trained"]*4)/share(3),
+           "gradients": n["trained"]*4/share(2), "optimiser": n["trained"]*8/share(2), "step": rehearsed(said, plan)}
     out = {k: v/2**30 for k, v in out.items()}
     return {**out, "all": sum(out.values())}
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-020
 def largest_batch(said: dict, plan: Plan, gib: float) -> int:
-    "Samples at a time that fit into `gib` with a tenth to spare; 0 if not even one does."
-    fits = lambda b: forecast(said, replace(plan, batch=b))["all"] < 0.9*gib
-    if not fits(1): return 0
-    low, high = 1, 2
-    while fits(high): low, high = high, 2*high
-    while high - low > 1: low, high = (m, high) if fits(m := (low+high)//2) else (low, m)
-    return low
+    "Samples at a time that fit into `gib` with a tenth to spare; 0 if not even one does. A step grows by the same for each sample."
+    one, two = (forecast(said, replace(plan, batch=b))["all"] for b in (1, 2))
+    return max(0, 1 + int((0.9*gib - one)//(two - one)))
 
 # %% ../nbs/06_forecast.ipynb #06-forecast-025
 def work(batch: list[dict], micro_batch: int, image_tokens: int) -> int:

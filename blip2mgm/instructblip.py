@@ -10,13 +10,14 @@ __all__ = ['LIST', 'TELL', 'DESCRIBE', 'FIELDS', 'CARD', 'QFORMER', 'TARGETS', '
            'add_lora']
 
 # %% ../nbs/062_instructblip.ipynb #062-instructblip-003
-import json, random, re, time, types
+import json, random, re, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
 from . import overhead as O
 from .core import UserError, file_hash, weights_dir, write_json, write_text
+from .data import open_picture
 from .show import track
 from .pictures import NUMBERS, place
 
@@ -108,12 +109,12 @@ def seen_vision():
 # %% ../nbs/062_instructblip.ipynb #062-instructblip-021
 def see(model, processor, images: Sequence, batch: int = 64):
     "What the model's own image encoder sees in pictures (files, bytes or PIL) [N, P, C]"
-    import io, torch
+    import torch
     from PIL import Image
-    opened = lambda x: x if isinstance(x, Image.Image) else Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
+    opened = lambda x: x.convert("RGB") if isinstance(x, Image.Image) else open_picture(x)
     out, p = [], next(model.vision_model.parameters())
     for k in track(range(0, len(images), batch), "seeing pictures"):
-        x = processor.image_processor([opened(i).convert("RGB") for i in images[k:k + batch]], return_tensors="pt")["pixel_values"]
+        x = processor.image_processor([opened(i) for i in images[k:k + batch]], return_tensors="pt")["pixel_values"]
         with torch.no_grad(): out.append(model.vision_model(pixel_values=x.to(p.device, p.dtype)).last_hidden_state.float().cpu())
     return torch.cat(out)
 
@@ -232,9 +233,9 @@ def foundation_pictures(n: int, seed: int) -> tuple[list, list[bytes]]:
 # %% ../nbs/062_instructblip.ipynb #062-instructblip-036
 def views_of(files: list[bytes], size: int):
     "Pictures as uint8 [N, size, size, 3], resized as the processor does it"
-    import io, numpy as np
+    import numpy as np
     from PIL import Image
-    return np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for f in files])
+    return np.stack([np.asarray(open_picture(f).resize((size, size), Image.Resampling.BICUBIC)) for f in files])
 
 # %% ../nbs/062_instructblip.ipynb #062-instructblip-037
 def make_instructblip(
@@ -336,13 +337,10 @@ def add_lora(
     "The model with LoRA (PEFT); only the adapter is trained from here on"
     import torch
     from peft import LoraConfig, get_peft_model
-    from blip2mgm.adapters import KINDS, QuickDropout, lean_forward
+    from blip2mgm.adapters import KINDS, own_dropout
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_pattern(model, targets), bias="none", **KINDS[kind])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
-    layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-    for i, layer in enumerate(layers):
-        layer.lora_dropout["default"] = QuickDropout(dropout, seed + i)
-        if not layer.lora_variant: layer.forward = types.MethodType(lean_forward, layer)
+    own_dropout(tuned, dropout, seed)
     return tuned

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Splice', 'picture_numbers', 'splice', 'lay_out', 'NoLabels', 'check_labels', 'loss_of', 'token_loss', 'label_places',
-           'rotate', 'layer_at', 'again', 'set_activation', 'use_best_attention', 'LeanNorm', 'lean_norm',
-           'make_norms_lean', 'pick']
+           'rotate', 'after_prefix', 'layer_at', 'again', 'set_activation', 'use_best_attention', 'LeanNorm',
+           'lean_norm', 'make_norms_lean', 'pick']
 
 # %% ../nbs/03_language.ipynb #03-language-003
 import types
@@ -117,6 +117,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x*cos[:, None] + torch.cat([-right, left], -1)*sin[:, None]
 
 # %% ../nbs/03_language.ipynb #03-language-023
+def after_prefix(attn: nn.Module, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Keys and values [B, H, L, d] and what is seen of them [.., Q, L], with the layer's learned prefix before them if it has one."
+    if not hasattr(attn, "prefix"): return k, v, seen
+    first_k, first_v = (x.to(k).expand(len(k), -1, -1, -1) for x in attn.prefix())
+    return torch.cat([first_k, k], 2), torch.cat([first_v, v], 2), F.pad(seen, (first_k.shape[2], 0), value=True if seen.dtype == torch.bool else 0.)
+
+# %% ../nbs/03_language.ipynb #03-language-024
 def layer_at(
     layer: nn.Module,       # a Gemma layer
     hidden: torch.Tensor,   # [B, L, D]
@@ -130,11 +137,12 @@ def layer_at(
     k, v = rotate(heads(attn.k_proj(x)), *rope), heads(attn.v_proj(x))
     q = rotate(heads(attn.q_proj(take(x))), rope[0][0][rows], rope[1][0][rows])
     before = torch.arange(hidden.shape[1], device=rows.device) <= rows[:, None, :, None]       # [B,1,Q,L]
+    k, v, before = after_prefix(attn, k, v, before)
     seen = F.scaled_dot_product_attention(q, k, v, attn_mask=before, scale=attn.scaling, enable_gqa=True)
     out = take(hidden) + attn.o_proj(seen.transpose(1, 2).flatten(2))
     return out + layer.mlp(layer.post_attention_layernorm(out))
 
-# %% ../nbs/03_language.ipynb #03-language-025
+# %% ../nbs/03_language.ipynb #03-language-026
 def again(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
     "The layer under gradient checkpointing: same output and gradients, less memory, a third more work."
     from torch.utils.checkpoint import checkpoint
@@ -145,21 +153,21 @@ def again(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
         return layer(x, **kwargs)
     return checkpoint(run, hidden, use_reentrant=False)
 
-# %% ../nbs/03_language.ipynb #03-language-027
+# %% ../nbs/03_language.ipynb #03-language-028
 def set_activation(lm: GemmaForCausalLM, name: str) -> None:
     "Gemma's activation as the checkpoint names it; `gelu` is the exact (erf) form."
     known = {"gelu": nn.GELU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
     if name not in known: raise ValueError(f"unknown activation {name!r}; known: {', '.join(known)}")
     for layer in lm.model.layers: layer.mlp.act_fn = known[name]
 
-# %% ../nbs/03_language.ipynb #03-language-028
+# %% ../nbs/03_language.ipynb #03-language-029
 def use_best_attention(lm: GemmaForCausalLM) -> None:
     "FlashAttention where it is installed and the weights have 16 bits; torch's own otherwise."
     from transformers.utils import is_flash_attn_2_available
     fits = lm.dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available()
     lm.set_attn_implementation("flash_attention_2" if fits else "sdpa")
 
-# %% ../nbs/03_language.ipynb #03-language-030
+# %% ../nbs/03_language.ipynb #03-language-031
 class LeanNorm(torch.autograd.Function):
     "x / rms(x) * w with a gradient in few passes."
     @staticmethod
@@ -177,7 +185,7 @@ class LeanNorm(torch.autograd.Function):
         dw = (g*y).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return torch.addcmul(h, y, mean).mul_(over), dw, None
 
-# %% ../nbs/03_language.ipynb #03-language-031
+# %% ../nbs/03_language.ipynb #03-language-032
 def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
     "Gemma's norm: light in training, the library's own otherwise."
     if not (self.training and x.dtype == torch.float32): return type(self).forward(self, x)
@@ -188,7 +196,7 @@ def make_norms_lean(lm: GemmaForCausalLM) -> None:
     for m in lm.modules():
         if type(m).__name__ == "GemmaRMSNorm": m.forward = types.MethodType(lean_norm, m)
 
-# %% ../nbs/03_language.ipynb #03-language-035
+# %% ../nbs/03_language.ipynb #03-language-036
 def pick(
     logits: torch.Tensor,       # [B, vocabulary]
     temperature: float = 0.0,   # 0: the likeliest token

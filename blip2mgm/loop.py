@@ -17,8 +17,8 @@ from .health import Finding, batch_output, is_spike, not_finite
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'pieces', 'computing', 'gradients', 'lr_factor', 'optimiser', 'numbers', 'Board', 'StepLog',
-           'norms', 'parts', 'memory_mib', 'checkpoint_tensors', 'content_hash', 'checkpoints', 'save_checkpoint',
-           'read_checkpoint', 'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
+           'norms', 'moves', 'parts', 'memory_mib', 'checkpoint_tensors', 'content_hash', 'checkpoints',
+           'save_checkpoint', 'read_checkpoint', 'newest_sound', 'put_back', 'State', 'Run', 'draw', 'clear']
 
 # %% ../nbs/06_loop.ipynb #06-loop-008
 def pieces(batch: list[dict], size: int, times: int = 1) -> list[list[dict]]:
@@ -68,7 +68,7 @@ def optimiser(model, cfg: TrainConfig, stage: int):
     import torch
     from blip2mgm.adapters import part_of, trained
     projector_lr = cfg.stage1_lr if stage == 1 else cfg.projector_lr
-    rate, groups = {"LoRA": cfg.lora_lr, "mining": projector_lr, "projector": projector_lr}, {}
+    rate, groups = {"LoRA": cfg.lora_lr, "prefix": cfg.lora_lr, "mining": projector_lr, "projector": projector_lr}, {}
     faster = lambda name: 16 if cfg.adapter == "lora+" and "lora_B" in name else 1
     for name, p in trained(model).items(): groups.setdefault(rate[part_of(name)]*faster(name), []).append(p)
     return torch.optim.AdamW([dict(params=ps, lr=lr, peak=lr) for lr, ps in groups.items()], weight_decay=0.0)
@@ -129,6 +129,12 @@ def norms(groups: dict[str, list]) -> dict[str, float]:
     import torch
     have = {k: [t for t in ts if t is not None] for k, ts in groups.items()}
     return {k: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ts))).item() if ts else 0.0 for k, ts in have.items()}
+
+def moves(before: dict[str, list], after: dict[str, list]) -> dict[str, float]:
+    "How far the tensors of each group moved, as a share of their norm before."
+    import torch
+    size, moved = norms(before), norms({k: torch._foreach_sub(after[k], before[k]) for k in before})
+    return {k: moved[k]/max(size[k], 1e-12) for k in moved}
 
 def parts(model) -> dict[str, list]:
     "What is trained, by part: adapter, mining, projector."
@@ -317,14 +323,11 @@ def fault(self: Run, batch: list[dict], loss: float, norm: float) -> Finding | N
 @patch
 def move(self: Run) -> dict[str, float]:
     "The optimiser's step; how far each part moved, as a share of its norm."
-    import torch
     from blip2mgm.adapters import move_ranks
     before = {k: [p.detach().clone() for p in ps] for k, ps in self.parts.items()}
     self.opt.step()
     move_ranks(self.model, self.state.step)
-    size = norms(before)
-    moved = norms({k: torch._foreach_sub([p.detach() for p in ps], before[k]) for k, ps in self.parts.items()})
-    return {k: moved[k]/max(size[k], 1e-12) for k in moved}
+    return moves(before, {k: [p.detach() for p in ps] for k, ps in self.parts.items()})
 
 # %% ../nbs/06_loop.ipynb #06-loop-041
 @patch

@@ -196,19 +196,18 @@ def hidden_states(self: MGM, embeds: torch.Tensor, mask: torch.Tensor) -> torch.
 @patch(as_prop=True)
 def can_skip(self: MGM) -> bool:
     "Whether attention without a mask is causal by itself (not so in the eager implementation)."
-    return self.gemma.config._attn_implementation in ("sdpa", "flash_attention_2")
+    return self.gemma.config._attn_implementation in ("sdpa", "sdpa_prefix", "flash_attention_2")
 
 # %% ../nbs/04_mgm.ipynb #04-mgm-036
 @patch
-def loss_at_labels(self: MGM, embeds: torch.Tensor, labels: torch.Tensor, n_labels: Optional[int] = None) -> tuple[torch.Tensor, int, torch.Tensor]:
-    "The loss of right-padded embeddings [B, L, D], computing in the last layer only what predicts a label."
+def loss_at_labels(self: MGM, embeds: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, want: torch.Tensor, n_labels: Optional[int] = None) -> tuple[torch.Tensor, int, torch.Tensor]:
+    "The loss of right-padded embeddings [B, L, D], computing in the last layer only what predicts a label: `rows`, `valid` and `want` are of `label_places`."
     gemma, hidden = self.gemma.model, embeds
     places = torch.arange(embeds.shape[1], device=embeds.device)[None]
     rope = gemma.rotary_emb(embeds, places)
     for layer in gemma.layers[:-1]:
         go = dict(attention_mask=None, position_ids=places, position_embeddings=rope)
         hidden = again(layer, hidden, **go) if self.checkpointing else layer(hidden, **go)
-    rows, valid, want = label_places(labels)
     last = gemma.norm(layer_at(gemma.layers[-1], hidden, rope, rows)[valid])
     return loss_of(self.gemma.lm_head(last).float(), want, n_labels)
 
@@ -233,7 +232,7 @@ def forward(
     embeds = embeds*self.embed_scale
     plain = lambda: self.hidden_states(embeds, plan.mask)
     if self.training and labels is not None and self.can_skip:
-        loss, n, largest = self.loss_at_labels(embeds, labels, n_labels)
+        loss, n, largest = self.loss_at_labels(embeds, *label_places(labels), n_labels)
         return MGMOutput(self.gemma.lm_head, plain, plan.mask, loss, labels, n, largest)
     out = MGMOutput(self.gemma.lm_head, plain(), plan.mask, labels=labels)
     if labels is not None: out.loss, out.n_labels, out.largest = token_loss(out.head, out.hidden, labels, n_labels)

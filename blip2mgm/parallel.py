@@ -17,7 +17,7 @@ from torch import distributed, nn
 from .core import ConfigError, UserError, read_json, resolve, show_path, write_json
 from .health import Finding, not_finite
 from .inputs import collate
-from .loop import Run, computing, draw, newest_sound, norms, optimiser, parts, pieces
+from .loop import Run, computing, draw, moves, newest_sound, norms, optimiser, parts, pieces
 
 # %% auto #0
 __all__ = ['OWN', 'SLOTS', 'SAID', 'zero_config', 'PieceLoss', 'shares', 'ZeroRun', 'fill', 'whole_layers', 'remember',
@@ -174,9 +174,7 @@ def move(self: ZeroRun) -> dict[str, float]:
     "DeepSpeed's step, which shortens the gradient as well; how far each part moved, as a share of its norm."
     before = self.weights()
     self.engine.step()
-    after, size = self.weights(), norms(before)
-    moved = norms({k: torch._foreach_sub(after[k], before[k]) for k in before})
-    return {k: moved[k]/max(size[k], 1e-12) for k in moved}
+    return moves(before, self.weights())
 
 # %% ../nbs/06_parallel.ipynb #06-parallel-025
 @patch

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'data_root', 'data_hash', 'notebook_of', 'notebook_hash',
 # %% ../nbs/00_stage.ipynb #00-stage-002
 import contextlib, html, importlib.metadata, json, os, platform, re, resource, sys, time
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import yaml
@@ -69,8 +69,9 @@ def fingerprint(name:str, cfg:Config) -> dict:
 PACKAGES = ["blip2mgm", "torch", "transformers", "peft", "safetensors", "py-data-juicer", "datasets", "numpy", "scipy",
             "statsmodels", "Pillow", "papermill"]
 
+@cache
 def versions() -> dict:
-    "The versions of Python and of the installed packages that decide a result"
+    "The versions of Python and of the installed packages that decide a result; read once a process"
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)

@@ -25,11 +25,12 @@ from .workers import worker_pool
 # %% auto #0
 __all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
            'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
-           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'run_stage', 'stage1', 'stage2', 'train_arm',
-           'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare', 'job_fingerprints',
-           'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained', 'logs_of',
-           'check_first', 'train', 'finish', 'load_trained', 'base_of', 'check_adapter', 'merge_adapter', 'LivePlot',
-           'mean_sd', 'results_table', 'data_table', 'conclusion', 'health_table', 'plot_signals']
+           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'batches_of', 'run_stage', 'stage1', 'stage2',
+           'train_arm', 'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare',
+           'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained',
+           'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'train', 'finish', 'load_trained',
+           'base_of', 'check_adapter', 'merge_adapter', 'LivePlot', 'mean_sd', 'results_table', 'data_table',
+           'conclusion', 'outlook_table', 'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-006
 @dataclass
@@ -48,8 +49,8 @@ class TrainConfig(Config):
     stage1_lr: float = 2.0e-3  # of mining and projector in stage 1
     stage2_samples: int = 0  # instruction rows seen; 0: each once
     stage2_batch: int = 32  # instruction rows a step
-    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora, lora+, pissa, adalora or qlora
-    lora_r: int = 16  # rank of the adapter
+    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora, lora+, pissa, adalora, qlora or prefix
+    lora_r: int = 16  # rank of the adapter; of a prefix, keys and values a layer
     lora_alpha: int = 32  # its scale is alpha / r
     lora_dropout: float = 0.1  # share of its inputs dropped
     lora_lr: float = 2.0e-3  # of the adapter in stage 2
@@ -71,13 +72,13 @@ class TrainConfig(Config):
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
-ADAPTERS = ("lora", "rslora", "dora", "lora+", "pissa", "adalora", "qlora")
+ADAPTERS = ("lora", "rslora", "dora", "lora+", "pissa", "adalora", "qlora", "prefix")
 
 def check_zero(path: str, precision: str, adapter: str) -> None:
     "Raises ConfigError for a DeepSpeed file that cannot be used."
     from blip2mgm.parallel import zero_config
     zero_config(path)
-    if adapter in ("adalora", "qlora"): raise ConfigError(f"adapter {adapter} trains in one process: leave deepspeed empty, or take another kind of adapter")
+    if adapter in ("adalora", "qlora", "prefix"): raise ConfigError(f"adapter {adapter} trains in one process: leave deepspeed empty, or take another kind of adapter")
     if precision == "fp16": raise ConfigError("precision fp16 scales its losses, which DeepSpeed does in another way: with deepspeed, take bf16 or fp32")
 
 # %% ../nbs/30_train.ipynb #30-train-009
@@ -264,15 +265,21 @@ def begun(job: Job, stage: int):
     return attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
 
 # %% ../nbs/30_train.ipynb #30-train-031
+def batches_of(job: Job, stage: int, rows: list[dict]) -> tuple[list[list[dict]], list[dict]]:
+    "The batches of a stage in the order of the job's seed, and the rows held out."
+    cfg, n = job.cfg, planned(job, stage, len(rows))[0]
+    size = cfg.stage1_batch if stage == 1 else cfg.stage2_batch
+    samples, held = hold_out(cfg, rows, stage)
+    order = sample_order([s["id"] for s in samples], n, job.seed, stage)
+    if cfg.grouped: order = group(order, samples, size, job.seed, stage)
+    return [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)], held
+
+# %% ../nbs/30_train.ipynb #30-train-032
 def run_stage(job: Job, stage: int) -> tuple:
     "Trains one stage; returns the trained model and the encoded rows."
     cfg, rows = job.cfg, read_jsonl(job.samples[stage])
     if writes(): job.done_file(stage).unlink(missing_ok=True)
-    n, size = planned(job, stage, len(rows))[0], cfg.stage1_batch if stage == 1 else cfg.stage2_batch
-    samples, held = hold_out(cfg, rows, stage)
-    order = sample_order([s["id"] for s in samples], n, job.seed, stage)
-    if cfg.grouped: order = group(order, samples, size, job.seed, stage)
-    batches = [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)]
+    batches, held = batches_of(job, stage, rows)
     about = (cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
     if cfg.deepspeed:
         from blip2mgm.parallel import ZeroRun
@@ -283,7 +290,7 @@ def run_stage(job: Job, stage: int) -> tuple:
     run.run()
     return run.model, rows
 
-# %% ../nbs/30_train.ipynb #30-train-032
+# %% ../nbs/30_train.ipynb #30-train-033
 def stage1(job: Job) -> None:
     "Mining and projector on the arm's captions, unless they were trained before."
     from blip2mgm.adapters import projector_tensors, write_tensors
@@ -297,7 +304,7 @@ def stage1(job: Job) -> None:
         clear(folder)
     together()
 
-# %% ../nbs/30_train.ipynb #30-train-033
+# %% ../nbs/30_train.ipynb #30-train-034
 def stage2(job: Job) -> dict:
     "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
     from blip2mgm.adapters import check_round_trip, save
@@ -313,7 +320,7 @@ def stage2(job: Job) -> dict:
     batch = dict(**collate(few), features=open_features(job.features[2], model)([s["image"] for s in few]))
     return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
 
-# %% ../nbs/30_train.ipynb #30-train-034
+# %% ../nbs/30_train.ipynb #30-train-035
 def train_arm(job: dict) -> dict:
     "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
     job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
@@ -333,7 +340,7 @@ def close(job: Job, gaps: dict) -> dict:
     clear(Path(job.folder, "stage2"))
     return result
 
-# %% ../nbs/30_train.ipynb #30-train-035
+# %% ../nbs/30_train.ipynb #30-train-036
 def summary(job: Job, gaps: dict) -> dict:
     "What is worth knowing of a finished arm and seed."
     out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
@@ -347,7 +354,7 @@ def summary(job: Job, gaps: dict) -> dict:
             events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-036
+# %% ../nbs/30_train.ipynb #30-train-037
 def readable_log(job: Job) -> str:
     "The step logs as text."
     lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
@@ -356,12 +363,12 @@ def readable_log(job: Job) -> str:
                      f"{r['tokens']} tokens  {r['seconds']:.1f} s")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/30_train.ipynb #30-train-038
+# %% ../nbs/30_train.ipynb #30-train-039
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-040
+# %% ../nbs/30_train.ipynb #30-train-041
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -370,7 +377,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-041
+# %% ../nbs/30_train.ipynb #30-train-042
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -381,7 +388,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-043
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -399,7 +406,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-043
+# %% ../nbs/30_train.ipynb #30-train-044
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
@@ -411,7 +418,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-044
+# %% ../nbs/30_train.ipynb #30-train-045
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -420,7 +427,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-046
+# %% ../nbs/30_train.ipynb #30-train-047
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -428,7 +435,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-048
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -442,7 +449,7 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-048
+# %% ../nbs/30_train.ipynb #30-train-049
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
     from blip2mgm.train import train_arm
@@ -462,7 +469,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-050
+# %% ../nbs/30_train.ipynb #30-train-051
 def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
     "As `run_jobs`, with all processes at one job at a time."
     import threading
@@ -476,7 +483,7 @@ def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | No
         pool.shutdown(cancel_futures=True)
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-052
+# %% ../nbs/30_train.ipynb #30-train-053
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -484,6 +491,7 @@ class Trained:
     results: list[dict]
     ready: Prepared
     preflight: list[Finding]   # what was found before the training; empty if all was trained before
+    outlook: dict              # what it was expected to take; empty if all was trained before
     def logs(self) -> dict: return logs_of(self.jobs)
 
 def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
@@ -492,7 +500,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-054
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     from blip2mgm.adapters import attach
@@ -503,7 +511,41 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-056
+def dry_seconds(job: Job, stage: int) -> float:
+    "Seconds that a stage of the job will take, from two steps."
+    import tempfile
+    from blip2mgm.adapters import attach
+    from blip2mgm.forecast import dry_run
+    cfg, model = job.cfg, begun(job, 1)
+    if stage == 2: attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    batches, _ = batches_of(job, stage, read_jsonl(job.samples[stage]))
+    with tempfile.TemporaryDirectory() as tmp:
+        return dry_run(Run(model, batches, open_features(job.features[stage], model), cfg, stage, job.seed, Path(tmp)))["seconds"]
+
+def memory_of(job: Job) -> dict[str, float]:
+    "GiB of a process in stage 2 by use, for as many of the longest samples as it computes at a time."
+    from blip2mgm.forecast import Plan, forecast
+    from blip2mgm.mgm import original_config
+    cfg, model, rows = job.cfg, begun(job, 1), read_jsonl(job.samples[2])
+    longest = max(len(s["input_ids"]) + (model.n_image_tokens - 1)*bool(s["image"]) for s in rows)
+    plan = Plan("lora", cfg.precision, min(cfg.micro_batch, cfg.stage2_batch), longest, max(s["n_labels"] for s in rows), cfg.gradient_checkpointing, cfg.lora_r, cached=cfg.feature_cache)
+    return forecast(original_config(model), plan)
+
+# %% ../nbs/30_train.ipynb #30-train-057
+def outlook(jobs: list[Job]) -> dict:
+    "What the jobs that are left will take, and a word of warning if it is more than the accelerator has; empty if none is left."
+    import torch
+    todo = [j for j in jobs if not is_done(j, 2)]
+    if not todo or todo[0].cfg.deepspeed: return {}
+    gib, cfg = memory_of(todo[0]), todo[0].cfg
+    seconds = sum(dry_seconds(todo[0], s) for s in (1, 2))*len(todo)/min(cfg.workers, len(todo))
+    has = torch.cuda.mem_get_info()[1]/2**30 if torch.cuda.is_available() else math.inf
+    print(f"{len(todo)} trainings, about {seconds/60:.1f} minutes on {min(cfg.workers, len(todo))} free processor(s); tensors of each: about {gib['all']:.2f} GiB")
+    if gib["all"] > 0.9*has: print(f"The accelerator has {has:.1f} GiB: this will hardly fit. Set gradient_checkpointing, or a smaller micro_batch.")
+    return dict(trainings=len(todo), minutes=seconds/60, **{f"GiB, {k}": v for k, v in gib.items()})
+
+# %% ../nbs/30_train.ipynb #30-train-058
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -517,12 +559,13 @@ def train(
         for k, aspect in ((1, "square"), (2, "pad")):
             ready.features[k] = str(make_features(cfg, stage.root, sorted(pictures[k]), aspect, stage.dir/"features"/aspect, pool))
         jobs = make_jobs(cfg, stage.dir, ready)
-        found = check_first(jobs)
+        found, before = check_first(jobs), outlook(jobs)
         results = run_jobs(jobs, pool, total_steps(jobs, ready), draw)
-    if own: finish(stage, Trained(jobs, results, ready, found))
-    return Trained(jobs, results, ready, found)
+    trained = Trained(jobs, results, ready, found, before)
+    if own: finish(stage, trained)
+    return trained
 
-# %% ../nbs/30_train.ipynb #30-train-055
+# %% ../nbs/30_train.ipynb #30-train-059
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -531,7 +574,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-061
 def load_trained(
     run,              # the run's folder
     arm: str,
@@ -549,7 +592,7 @@ def load_trained(
     load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
     return model, tokenizer
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-063
 def base_of(folder) -> tuple[Callable, Path]:
     "A function that makes the base of a saved adapter afresh, and the folder of its parts."
     said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
@@ -558,7 +601,7 @@ def base_of(folder) -> tuple[Callable, Path]:
     cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
     return (lambda: base_model(cfg)[0]), model_folder(cfg)
 
-# %% ../nbs/30_train.ipynb #30-train-060
+# %% ../nbs/30_train.ipynb #30-train-064
 def check_adapter(folder) -> Table:
     "All checks of a saved adapter; UserError at the first that fails."
     from blip2mgm.adapters import check_folder
@@ -576,7 +619,7 @@ def merge_adapter(folder, to) -> Path:
     for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
     return Path(to)
 
-# %% ../nbs/30_train.ipynb #30-train-062
+# %% ../nbs/30_train.ipynb #30-train-066
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -588,14 +631,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-068
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-070
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -607,13 +650,13 @@ def results_table(trained: Trained) -> Table:
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
 
-# %% ../nbs/30_train.ipynb #30-train-067
+# %% ../nbs/30_train.ipynb #30-train-071
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-072
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -627,14 +670,23 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-083
+# %% ../nbs/30_train.ipynb #30-train-080
+def outlook_table(trained: Trained) -> Table:
+    "Expected and measured: minutes and memory of a training."
+    steps, before = [r for j in trained.jobs for s in (1, 2) for r in steps_of(j, s)], dict(trained.outlook)
+    took = sum(r["seconds"] for r in steps)/60/min(trained.jobs[0].cfg.workers, len(trained.jobs))
+    rows = [{"what": "minutes of all trainings' steps", "expected": before.pop("minutes", None), "measured": took}]
+    rows += [{"what": k, "expected": v} for k, v in before.items()]
+    return show_table([*rows, {"what": "GiB, largest process", "measured": max(r["memory_mib"] for r in steps)/2**10}])
+
+# %% ../nbs/30_train.ipynb #30-train-090
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-086
+# %% ../nbs/30_train.ipynb #30-train-093
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

@@ -131,7 +131,7 @@ def take_step(t: Tuning, k: int, batch: dict) -> dict:
     import torch
     from blip2mgm.adapters import reseed
     from blip2mgm.health import first_bad_in
-    from blip2mgm.loop import lr_factor, norms
+    from blip2mgm.loop import lr_factor, moves
     reseed(t.model, t.cfg.seed, k)
     for g in t.opt.param_groups: g["lr"] = g["peak"] * lr_factor(k, t.steps, min(1, t.cfg.warmup / t.steps), t.cfg.schedule)
     loss, norm = backward(t, batch)
@@ -142,8 +142,7 @@ def take_step(t: Tuning, k: int, batch: dict) -> dict:
         return row | dict(grad_norms={"LoRA": norm}, update_ratio={"LoRA": 0.0})
     before = [p.detach().clone() for p in params]
     t.opt.step()
-    moved = norms({"x": torch._foreach_sub([p.detach() for p in params], before)})["x"] / max(norms({"x": before})["x"], 1e-12)
-    return row | dict(grad_norms={"LoRA": norm}, update_ratio={"LoRA": moved})
+    return row | dict(grad_norms={"LoRA": norm}, update_ratio=moves({"LoRA": before}, {"LoRA": [p.detach() for p in params]}))
 
 # %% ../nbs/063_trials.ipynb #063-trials-020
 def held_loss(t: Tuning, held, batch: int = 50) -> float:

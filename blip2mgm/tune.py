@@ -93,7 +93,7 @@ def conclusion(start: Finalist, best: Finalist, comparison, seeds: int) -> str:
     "What was found, in words that the numbers bear out"
     mean = lambda v: sum(v) / len(v)
     curse = mean(best.validation) - best.won_by
-    return (f"The best of the search ({short(best.cfg)}) won with a validation loss of {best.won_by:.3f}; over {seeds} fresh seeds it has {mean(best.validation):.3f} on the same pictures, "
+    return (f"Of the search's best, {short(best.cfg)} is the best with fresh seeds. It won with a validation loss of {best.won_by:.3f}; over {seeds} fresh seeds it has {mean(best.validation):.3f} on the same pictures, "
             f"{abs(curse):.3f} {'more' if curse > 0 else 'less'} than what it won by. The recommended start has {mean(start.validation):.3f}. "
             f"On test pictures that nothing was chosen by, {100 * mean([mean(e) for e in best.each]):.1f}% of its captions' claims are right, against {100 * mean([mean(e) for e in start.each]):.1f}% "
             f"with the recommended start: a difference of {100 * comparison.value:+.1f} points ({comparison.level:.0%} interval {100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}; "
