@@ -8,7 +8,7 @@ __all__ = ['TARGETS', 'KINDS', 'MEMORIES', 'CARD', 'TOLERANCE', 'target_pattern'
            'part_of', 'trainable_table', 'trained', 'plan_ranks', 'keep_apart', 'move_ranks', 'rank_memory',
            'recall_ranks', 'base_hash', 'adapter_tensors', 'saved_form', 'projector_tensors', 'check_tuned',
            'model_card', 'save', 'write_tensors', 'facts_of', 'probe', 'read_tensors', 'check_fit', 'check_base',
-           'lora_settings', 'load', 'load_projector', 'merge', 'check_round_trip', 'check_folder']
+           'lora_settings', 'load', 'load_projector', 'merge', 'to_answer', 'check_round_trip', 'check_folder']
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-003
 import hashlib, json, logging, os, re, types, warnings
@@ -407,6 +407,10 @@ def merge(model: MGM) -> MGM:
     if model.adapter_kind == "prefix": raise UserError("a prefix is not an addition to weights and can't be merged: use the adapter's folder with its base")
     model.lm = unpacked(model) if model.adapter_kind == "qlora" else model.lm.merge_and_unload()
     return model
+
+def to_answer(model: MGM) -> MGM:
+    "The model as it answers fastest: its adapter merged, except for a prefix."
+    return model if model.adapter_kind == "prefix" else merge(model)
 
 # %% ../nbs/05_adapters.ipynb #05-adapters-069
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a logit, as a share of the largest; merging rounds the weights to 16 bits

@@ -60,25 +60,25 @@ def open_trained(
 ) -> MGMAnswerer:
     "A model that the training of a run left."
     import torch
-    from blip2mgm.adapters import merge
+    from blip2mgm.adapters import to_answer
     from blip2mgm.train import TrainConfig, load_trained, model_folder
     model, tokenizer = load_trained(run, arm, seed, stage)
     folder = model_folder(TrainConfig.from_dict(read_yaml(resolve(run)/"train"/"config.yaml")))
     identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage), dtype)
-    return MGMAnswerer(f"{arm}/seed{seed}", (merge(model) if stage == 2 else model).to(getattr(torch, dtype)), tokenizer, identity)
+    return MGMAnswerer(f"{arm}/seed{seed}", (to_answer(model) if stage == 2 else model).to(getattr(torch, dtype)), tokenizer, identity)
 
 # %% ../nbs/074_models.ipynb #074-models-009
 def open_adapter(folder: Path, device: str = "cpu", dtype: str = "float32") -> MGMAnswerer:
     "An adapter folder as `adapters.save` writes it, on the base that it names."
     import torch
-    from blip2mgm.adapters import load, merge
+    from blip2mgm.adapters import load, to_answer
     from blip2mgm.train import TrainConfig, base_model, model_folder
     said = folder.parent.parent/"config.yaml"            # <run>/train/config.yaml of <run>/train/<arm>/seed<k>
     config = read_json(folder/"config.json") if (folder/"config.json").is_file() else {}
     cfg = TrainConfig.from_dict(read_yaml(said)) if said.is_file() else TrainConfig(model=config.get("base", "blip2mgm/weights/mgm"))
     model, tokenizer = base_model(cfg)
     base = model_folder(cfg)
-    model = merge(load(model, folder)).to(device, getattr(torch, dtype))
+    model = to_answer(load(model, folder)).to(device, getattr(torch, dtype))
     return MGMAnswerer("/".join(folder.parts[-2:]), model, tokenizer, parts_identity(base, tree_hash(base), trained_files(folder), dtype))
 
 def _tokenizer(folder: Path):
