@@ -2,12 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab foundation export readme clean setup
+.PHONY: help demo test lab foundation export readme api package lock clean setup
 
 VENV := .venv
 BIN := $(VENV)/bin
 # The environment is made anew when the pinned set or the package's own description changes.
-READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 help: ## show this list
 	@echo "make ..."
@@ -35,13 +35,26 @@ readme: $(READY) ## run nbs/index.ipynb and write README.md from it
 	@$(BIN)/python tests/readme.py
 	@echo "README.md is up to date"
 
+api: $(READY) ## a reference of all modules, in _docs/api
+	@$(BIN)/python -W ignore -m pdoc blip2mgm --docformat markdown -o _docs/api && echo "open _docs/api/blip2mgm.html"
+
+package: $(READY) ## the wheel and the source archive, in dist/
+	@$(BIN)/python tests/package.py dist
+	@rm -rf build *.egg-info && ls dist
+
+lock: $(READY) ## resolve requirements.txt anew and write requirements.lock
+	@$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  requirements.txt -o $(VENV)/lock.txt
+	@{ sed -n '/^#/p' requirements.lock; cat $(VENV)/lock.txt; } > $(VENV)/lock.new && mv $(VENV)/lock.new requirements.lock
+	@echo "requirements.lock is up to date; try it with make test"
+
 clean: ## remove the environment and what Python left behind; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache && find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
 	@echo "removed $(VENV) and caches; results in runs/ are kept"
 
 setup: $(READY)
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements.lock pyproject.toml
 	@python=""; for p in python3.11 python3.12 python3.10 python3 python; do \
 	  if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "No Python 3.10, 3.11 or 3.12 was found. Install one (3.11 is the one this was measured with) and try again." >&2; exit 1; fi; \
@@ -49,7 +62,7 @@ $(READY): requirements.txt pyproject.toml
 	  echo "== making the environment $(VENV) with $$($$python --version)"; rm -rf $(VENV); \
 	  $$python -m venv $(VENV) || { echo "Python's venv module failed (on Debian and Ubuntu it is the package python3-venv)." >&2; exit 1; }; fi
 	@echo "== installing the pinned packages (about 2 GB, a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off -r requirements.txt -c requirements.lock
 	@echo "== installing blip2mgm itself and its notebook kernel"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@$(BIN)/python -m ipykernel install --sys-prefix --name blip2mgm --display-name "Python (blip2mgm)" >/dev/null 2>&1

@@ -43,7 +43,8 @@ def _fate(row, status, by, seen) -> dict:
     "One line of lineage"
     said = seen.get("caption_status") or ""
     if said.startswith("error"): status, by = "rejected", f"captioner {said}"
-    stats = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in (seen.get("__dj__stats__") or {}).items() if v is not None}
+    found = (seen.get("__dj__stats__") or {}) | (seen.get("__dj__meta__") or {})
+    stats = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items() if v is not None}
     return {"id": str(row["id"]), "status": status, "by": by, "raw_caption": caption_of(row["text"]), "final_caption": seen.get("caption"),
             "caption_status": said or None, "stats": stats} | ({"drafts": json.loads(seen["caption_drafts"])} if seen.get("caption_drafts") else {})
 

@@ -166,14 +166,14 @@ def _in_figures(name: str, n: int, c: Cost, peer: Cost | None) -> dict:
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-024
 def text_steps(rows: Path) -> list[dict]:
     "CPU microseconds a caption for the steps of an exploration without pictures, and captions a second in all."
-    from blip2mgm.survey import Exploration, analyse, batches, look_at_rows
+    from blip2mgm.survey import TEXT_BATCH, Exploration, analyse, batches, look_at_rows
     found, spent, clock = Exploration("."), {}, time.process_time
     def timed(name, work, *args):
         start = clock()
         out = work(*args)
         spent[name] = spent.get(name, 0) + clock() - start
         return out
-    todo = timed("reading", lambda: list(batches(rows)))
+    todo = timed("reading", lambda: list(batches(rows, size=TEXT_BATCH)))
     for some, kind in todo: timed("adding up", found.add, timed("the gate", look_at_rows, some, kind, ".", "text"))
     timed("analysis", analyse, found)
     n, total = found.rows, sum(spent.values())

@@ -38,6 +38,7 @@ def plot_bands(
         line, = ax.plot(c.mean(0), label=f"{arm} ({len(c)})", color=ARM_COLOURS.get(arm), lw=1.3)
         if len(c) > 1: ax.fill_between(range(n), c.min(0), c.max(0), color=line.get_color(), alpha=.2, lw=0)
     ax.set_xlabel("step")
+    ax.locator_params(axis="x", integer=True)
     return ax
 
 # %% ../nbs/06_curves.ipynb #06-curves-007

@@ -21,7 +21,8 @@ from .formats import brief, caption_of, count_images, is_blank, iter_rows, plain
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'Bad', 'Root', 'locate', 'strict_pillow', 'looks_like_image', 'Picture', 'decode', 'header',
-           'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge', 'iter_gate', 'gate', 'save_gate']
+           'as_seen', 'open_picture', 'GateResult', 'embedded', 'look_at', 'judge', 'seen_as', 'unchecked', 'iter_gate',
+           'gate', 'save_gate']
 
 # %% ../nbs/02_data.ipynb #02-data-005
 class Bad(Exception):
@@ -216,6 +217,33 @@ def _later_frames(im, max_pixels: int):
         im.load()
 
 # %% ../nbs/02_data.ipynb #02-data-025
+_SIZES, _PLAIN_SEGMENTS = {0xc0, 0xc1, 0xc2}, {0xc4, 0xdb, 0xdd, 0xe0, 0xfe}   # size; codes, tables, restarts, JFIF, a comment
+
+def _plain_jpeg(data: bytes, size: int) -> Picture | None:
+    "What the header of a plain JPEG says; None if it is not plain."
+    at, found = 2, None
+    while data[at:at + 1] == b"\xff" and at + 4 <= len(data):
+        kind, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
+        segment = data[at + 4:at + 2 + length]
+        if length < 2 or len(segment) != length - 2: return None
+        if kind == 0xda: return found
+        if kind in _SIZES and (found or not (found := _jpeg_size(segment, size))) or kind not in _SIZES | _PLAIN_SEGMENTS: return None
+        if kind == 0xdb and not _whole_tables(segment) or kind == 0xe0 and length < 16: return None
+        at += 2 + length
+
+def _jpeg_size(segment: bytes, size: int) -> Picture | None:
+    "The picture that a size segment speaks of; None if it is none of 8 bits with one, three or four channels."
+    if len(segment) < 6 or segment[0] != 8 or len(segment) != 6 + 3 * segment[5]: return None
+    height, width, mode = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big"), {1: "L", 3: "RGB", 4: "CMYK"}.get(segment[5])
+    return Picture(width, height, "JPEG", mode, size) if mode and width and height else None
+
+def _whole_tables(segment: bytes) -> bool:
+    "Whether a segment holds whole tables of 64 numbers, of one or two bytes each."
+    at = 0
+    while at < len(segment): at += 129 if segment[at] >> 4 else 65
+    return at == len(segment)
+
+# %% ../nbs/02_data.ipynb #02-data-026
 def header(
     file: str | bytes,  # the path of a file, or its content
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
@@ -223,6 +251,7 @@ def header(
     "What a picture's first 16 kB say of it (the whole file, if its header is longer); raises Bad as far as they show it."
     data, size = (file, len(file)) if isinstance(file, bytes) else _head(file)
     if not looks_like_image(data[:32]): raise Bad("not an image")
+    if data[0] == 0xff and (seen := _plain_jpeg(data, size)) and seen.width * seen.height <= max_pixels: return seen
     try:
         with _open(data) as im: return _first_look(im, size, max_pixels)
     except Bad: raise
@@ -234,7 +263,7 @@ def _head(path: str, length: int = 1 << 14) -> tuple[bytes, int]:
     "The first bytes of a file, and its size."
     with open(path, "rb", buffering=0) as f: return f.read(length), os.fstat(f.fileno()).st_size
 
-# %% ../nbs/02_data.ipynb #02-data-031
+# %% ../nbs/02_data.ipynb #02-data-033
 def as_seen(im):
     "An image as people see it, in RGB: first frame, turned upright, transparency on white, 8 bits."
     import numpy as np
@@ -251,14 +280,14 @@ def open_picture(source: str | Path | bytes | io.BytesIO):
     "The picture in a file, or in a file's content, as people see it; see `as_seen`."
     with _open(source) as im: return as_seen(im)
 
-# %% ../nbs/02_data.ipynb #02-data-032
+# %% ../nbs/02_data.ipynb #02-data-034
 def _from_lab(im):
     "An image in Lab colours as RGB, which Pillow's own `convert` cannot do."
     from PIL import ImageCms
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.applyTransform(im, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))
 
-# %% ../nbs/02_data.ipynb #02-data-035
+# %% ../nbs/02_data.ipynb #02-data-037
 @dataclass(repr=False)
 class GateResult:
     "Accepted and rejected rows, and what was seen of the pictures of the accepted ones."
@@ -279,14 +308,14 @@ class GateResult:
     def __repr__(self): return repr(show_table(self.table()))
     def _repr_html_(self): return show_table(self.table())._repr_html_()
 
-# %% ../nbs/02_data.ipynb #02-data-036
+# %% ../nbs/02_data.ipynb #02-data-038
 def _rows_of(source: str | Path | Iterable) -> Iterator[tuple[object, str]]:
     "Rows with their problem (or an empty string) from a file or folder in any format, or from any iterable of rows."
     if isinstance(source, (str, os.PathLike)): return iter_rows(source)
     if isinstance(source, (dict, bytes)): raise TypeError(f"rows or the path of a file are expected, not one {type(source).__name__}")
     return ((row, "") for row in source)
 
-# %% ../nbs/02_data.ipynb #02-data-037
+# %% ../nbs/02_data.ipynb #02-data-039
 _base64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _base64_starts = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
 
@@ -302,7 +331,7 @@ def embedded(image: object) -> tuple[object, bytes | None]:
     try: return None, base64.b64decode("".join(text.split()), validate=True)
     except ValueError as e: raise Bad("bad base64", brief(str(e))) from None
 
-# %% ../nbs/02_data.ipynb #02-data-039
+# %% ../nbs/02_data.ipynb #02-data-041
 def look_at(
     image: object,  # as the row gives it
     root: Root,
@@ -330,7 +359,7 @@ def _contents(path: str) -> bytes:
         head = f.read(32)
         return head + f.read() if looks_like_image(head) else head
 
-# %% ../nbs/02_data.ipynb #02-data-040
+# %% ../nbs/02_data.ipynb #02-data-042
 def judge(
     row: object,
     problem: str,  # why the row could not be read, or an empty string
@@ -342,13 +371,19 @@ def judge(
     if problem: return problem, "", {}
     try:
         text, images = _check_fields(row)
-        seen = {image if isinstance(image, str) and len(image) < 4096 else f"{row['id']}/{i}": look(image) for i, image in enumerate(images)}
+        seen = {seen_as(image, row["id"], i): look(image) for i, image in enumerate(images)}
         if not parsed: _check_writable(row)
         return "", text, seen
     except Bad as e: return str(e), "", {}
-    except Exception as e: return f"cannot be checked: {type(e).__name__}: {brief(str(e))}", "", {}   # a row of Python objects can do anything
+    except Exception as e: return unchecked(e), "", {}   # a row of Python objects can do anything
 
-# %% ../nbs/02_data.ipynb #02-data-042
+def seen_as(image: object, id: object, number: int) -> str:
+    "The name of a picture in what was seen: its path, or the row's id and its number there if the row holds the picture itself."
+    return image if isinstance(image, str) and len(image) < 4096 else f"{id}/{number}"
+
+def unchecked(e: Exception) -> str: return f"cannot be checked: {type(e).__name__}: {brief(str(e))}"
+
+# %% ../nbs/02_data.ipynb #02-data-044
 def iter_gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -367,7 +402,7 @@ def iter_gate(
                 if not reason: taken.add(_id_of(row))
                 yield row, reason, seen
 
-# %% ../nbs/02_data.ipynb #02-data-043
+# %% ../nbs/02_data.ipynb #02-data-045
 def gate(
     source: str | Path | Iterable,  # a file or folder in any format that is read here, or rows
     root: str | Path,  # the data root that image paths are relative to
@@ -389,7 +424,7 @@ def _with_reason(row: object, reason: str) -> dict:
     "The whole row with its reason; what is no row, or has a reason of its own, is kept under `row`."
     return {**row, "reason": reason} if isinstance(row, dict) and "reason" not in row else {"row": row, "reason": reason}
 
-# %% ../nbs/02_data.ipynb #02-data-044
+# %% ../nbs/02_data.ipynb #02-data-046
 def save_gate(result: GateResult, folder: str | Path) -> list[Path]:
     "Writes accepted.jsonl and rejected.jsonl; returns their paths."
     return [write_dj(Path(folder)/f"{name}.jsonl", getattr(result, name)) for name in ("accepted", "rejected")]

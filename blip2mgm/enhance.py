@@ -15,7 +15,7 @@ from pathlib import Path
 from .arms import ARMS
 from .core import Config, ConfigError, nearest
 from .data import open_picture
-from .recipe import captioner_of, operators
+from .recipe import EXECUTORS, captioner_of, operators
 
 # %% ../nbs/20_enhance.ipynb #20-enhance-006
 @dataclass
@@ -28,6 +28,8 @@ class EnhanceConfig(Config):
     captioner: str = ""  # folder or hub id of a BLIP-2 model that takes the place of the recipe's
     arms: list[str] = field(default_factory=lambda: ["raw", "blip2_filtered", "random", "raw_again"])  # arms to make
     workers: int = 2  # Data-Juicer's worker processes, one processor thread each
+    executor: str = "default"  # Data-Juicer's: default (this machine), ray, or ray_partitioned (with checkpoints)
+    ray_address: str = "local"  # of a Ray cluster; local starts one for the run
     mix: float = 0.5  # share of new captions in the arm mix
     agreement: int = 128  # rows on which image-text agreement is measured before and after
     budget: int = 1000  # words a block when diversity is measured; less if there are too few words
@@ -39,6 +41,7 @@ class EnhanceConfig(Config):
         for name, least in (("workers", 1), ("budget", 1), ("gallery", 1), ("agreement", 2), ("shard", 0)):
             if getattr(self, name) < least: raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.mix <= 1: raise ConfigError(f"mix is a share between 0 and 1, not {self.mix}")
+        if self.executor not in EXECUTORS: raise ConfigError(f'executor: there is no "{self.executor}"; {nearest(self.executor, EXECUTORS)}')
         for arm in self.arms:
             if arm not in ARMS: raise ConfigError(f'arms: there is no arm "{arm}"; {nearest(arm, ARMS)}')
 
@@ -62,24 +65,31 @@ LIMITS = {"words_num_filter": [("num_words", "min_num", "max_num")], "word_repet
           "image_shape_filter": [("image_width", "min_width", "max_width"), ("image_height", "min_height", "max_height")]}
 
 def thresholds(recipe: dict, lines: list[dict]) -> list[dict]:
-    "For each statistic of the recipe's filters: its values among the rows that reached it, and the limits it was held to"
+    "For each statistic of the recipe's filters: its values among the rows that reached it and among those kept in the end, and the limits it was held to"
     out = []
     for name, params in operators(recipe):
         for stat, low, high in LIMITS.get(name, ()):
-            values = [v for line in lines if isinstance(v := (line.get("stats") or {}).get(stat), (int, float))]
-            if values: out.append({"operator": name, "statistic": stat, "low": params.get(low), "high": params.get(high), "values": values})
+            values = [(v, line["status"] == "kept") for line in lines if isinstance(v := (line.get("stats") or {}).get(stat), (int, float))]
+            if values: out.append({"operator": name, "statistic": stat, "low": params.get(low), "high": params.get(high), "values": [v for v, _ in values], "kept": [v for v, kept in values if kept]})
     return out
 
+def _rising(ax, values:list, **how):
+    "How many of `values` lie at or below any value, as a line of steps"
+    at = sorted(values)
+    ax.step(at, range(1, len(at) + 1), where="post", **how)
+
 def plot_thresholds(found: list[dict]):
-    "A panel for each statistic: the share of rows below each value; what the thresholds drop is shaded"
+    "A panel for each statistic: rows at or below each value, those that reached the filter and those left in the end; what the thresholds drop is shaded"
     from blip2mgm.explore import BLUE, ORANGE, panels
     fig, axs = panels(3, rows=-(-len(found) // 3) or 1, width=9, height=2.3 * (-(-len(found) // 3) or 1))
     for ax, t in zip(axs, found):
-        ax.ecdf(t["values"], color=BLUE)
+        _rising(ax, t["values"], color=BLUE, label="reached it")
+        _rising(ax, t["kept"], color="black", lw=1, label="left in the end")
         left, right = ax.get_xlim()
         for limit, edge in ((t["low"], left), (t["high"], right)):
             if limit is not None and left < limit < right: ax.axvspan(min(limit, edge), max(limit, edge), color=ORANGE, alpha=0.25, lw=0)
-        ax.set(title=t["operator"].replace("_", " "), xlabel=t["statistic"].replace("_", " "), ylabel=f"share of {len(t['values']):,} rows", xlim=(left, right), ylim=(0, 1))
+        ax.set(title=t["operator"].replace("_", " "), xlabel=t["statistic"].replace("_", " "), ylabel="rows", xlim=(left, right), ylim=(0, None))
+    if found: axs[0].legend(loc="upper left", fontsize=7)
     for ax in axs[len(found):]: ax.axis("off")
     return fig
 
@@ -92,7 +102,7 @@ def pick(lines:list[dict], n:int, seed:int) -> list[dict]:
     first = sorted(range(len(dropped)), key=turns.__getitem__)[:n]
     return [line for line in mixed if line["status"] == "kept"][:n] + [dropped[i] for i in first]
 
-def _wrapped(text:str, width:int=38, lines:int=8) -> str:
+def _wrapped(text:str, width:int=34, lines:int=9) -> str:
     "Text for under a picture; nothing in it is read as a formula"
     import textwrap
     found = textwrap.wrap(text, width)
@@ -104,7 +114,7 @@ def plot_gallery(lines:list[dict], rows:list[dict], root, n:int=4, seed:int=0):
     from blip2mgm.explore import panels
     shown, where = pick(lines, n, seed), {str(r["id"]): r["images"][0] for r in rows}
     deep = -(-max(len(shown), 1) // n)
-    fig, axs = panels(n, rows=2 * deep, width=2.4 * n, height=3.6 * deep, height_ratios=[5, 6] * deep)
+    fig, axs = panels(n, rows=2 * deep, width=2.4 * n, height=3.3 * deep, height_ratios=[5, 5] * deep)
     for ax in axs: ax.axis("off")
     for k, line in enumerate(shown):
         above, below = axs[k // n * 2 * n + k % n], axs[(k // n * 2 + 1) * n + k % n]

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
 from .core import Config, ConfigError, UserError
-from .show import show_table
+from .show import Gallery, show_table, Table
 from .data import MAX_PIXELS, Root, embedded, locate, open_picture
 from .lexical import MIN_CHARACTERS, MIN_WORDS
 from .corpus import FLAGS, MEASURES, RULES, Corpus
@@ -21,12 +22,13 @@ from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, rows_
 # %% auto #0
 __all__ = ['DEPTHS', 'PICTURE_UNITS', 'BLUE', 'ORANGE', 'GREY', 'STYLE', 'FUNCTION_WORDS', 'ExploreConfig', 'share_interval',
            'mean_interval', 'measures', 'diversity_table', 'leakage_table', 'panels', 'plot_lengths', 'plot_words',
-           'plot_images', 'plot_saturation', 'plot_flags', 'picture_of', 'plot_gallery', 'plot_alike', 'conclusion',
-           'preview']
+           'plot_images', 'plot_saturation', 'plot_flags', 'picture_of', 'plot_gallery', 'browse', 'plot_alike',
+           'conclusion', 'preview']
 
 # %% ../nbs/10_explore.ipynb #10-explore-005
 DEPTHS = ("full", "shape", "text")
 
+# %% ../nbs/10_explore.ipynb #10-explore-006
 @dataclass
 class ExploreConfig(Config):
     "Parameters of the exploration."
@@ -53,7 +55,7 @@ class ExploreConfig(Config):
         if self.depth not in DEPTHS: raise ConfigError(f"depth must be one of {', '.join(DEPTHS)}, not {self.depth!r}")
         if self.near > 8 or not 0.5 <= self.overlap <= 1: raise ConfigError("near goes up to 8 bits, and overlap from 0.5 to 1")
 
-# %% ../nbs/10_explore.ipynb #10-explore-008
+# %% ../nbs/10_explore.ipynb #10-explore-009
 def share_interval(share: float, n: int, of: int) -> tuple[float, float]:
     "A 95% interval for a share seen in `n` rows drawn from `of` (Wilson 1927, with the correction for a finite whole)."
     if n >= of or not n: return share, share
@@ -66,7 +68,7 @@ def mean_interval(stats: dict, of: int) -> tuple[float, float]:
     half = 1.96 * stats["sd"] / stats["n"]**0.5 * max(0, 1 - stats["n"] / of)**0.5
     return stats["mean"] - half, stats["mean"] + half
 
-# %% ../nbs/10_explore.ipynb #10-explore-010
+# %% ../nbs/10_explore.ipynb #10-explore-011
 def measures(a: dict) -> list[dict]:
     "Rows of the table of measures; ± is the standard deviation, brackets a 95% interval."
     c, i, of = a["captions"], a["images"], (a["sample"] or {}).get("of")
@@ -82,7 +84,7 @@ def measures(a: dict) -> list[dict]:
     rows |= {"formats": shares(i["formats"]), "modes": shares(i["modes"]), "shorter side": shares(i["sizes"])}
     return [{"measure": name, "value": value} for name, value in rows.items()]
 
-# %% ../nbs/10_explore.ipynb #10-explore-011
+# %% ../nbs/10_explore.ipynb #10-explore-012
 PICTURE_UNITS = {"width": "pixels", "height": "pixels", "bytes": "to the nearest 100", "brightness": "0 to 255", "sharpness": "variance"}
 
 def _doubt(share: float, n: int, of: int | None) -> str:
@@ -101,7 +103,7 @@ def _similar_rows(a: dict) -> dict[str, str]:
     return {f"captions much like another (words overlap by {captions['overlap']:.0%})": f"{captions['alike']:,}",
             f"pictures much like another file's ({pictures['bits']} bits)": f"{pictures['alike']:,} of {pictures['files']:,}"}
 
-# %% ../nbs/10_explore.ipynb #10-explore-012
+# %% ../nbs/10_explore.ipynb #10-explore-013
 def diversity_table(a: dict) -> list[dict]:
     "Rows of the table of diversity: each measure at its number of words, with a 95% interval."
     row = lambda name, d: {"measure": f"{name}: {MEASURES[name]}", **(
@@ -109,13 +111,13 @@ def diversity_table(a: dict) -> list[dict]:
     plain = {"measure": "type/token ratio of the whole: falls as rows are added, so not for comparing", "value": round(a["captions"]["type_token_ratio"], 4)}
     return [*(row(name, d) for name, d in a["captions"]["diversity"].items()), plain]
 
-# %% ../nbs/10_explore.ipynb #10-explore-013
+# %% ../nbs/10_explore.ipynb #10-explore-014
 def leakage_table(a: dict) -> list[dict]:
     "Rows of the table of what evaluation sets share with training."
     return [{"evaluation set": name, "pictures": x["pictures"], "much like a training picture": x["pictures_seen"], "questions": x["questions"],
              "much like a training caption": x["questions_seen"]} for name, x in a["leakage"].items()]
 
-# %% ../nbs/10_explore.ipynb #10-explore-015
+# %% ../nbs/10_explore.ipynb #10-explore-016
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#9aa0a6"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
          "font.size": 9, "axes.titlesize": 10, "legend.frameon": False, "figure.dpi": 80}
@@ -127,7 +129,7 @@ def panels(columns: int, width: float = 9, height: float = 3, rows: int = 1, **k
     plt.close(fig)
     return fig, axs.flatten()
 
-# %% ../nbs/10_explore.ipynb #10-explore-016
+# %% ../nbs/10_explore.ipynb #10-explore-017
 def _reach(counts: Counter, share: float) -> int:
     "The value up to which at least `share` of all lie; 1 if there are none."
     seen, wanted = 0, share * counts.total()
@@ -156,7 +158,7 @@ def _whole_numbers(ax):
     ax.yaxis.set_major_formatter("{x:,.0f}")
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-017
+# %% ../nbs/10_explore.ipynb #10-explore-018
 def plot_lengths(corpus: Corpus):
     "Words and characters a caption, as a figure."
     fig, axs = panels(2)
@@ -164,7 +166,7 @@ def plot_lengths(corpus: Corpus):
     _histogram(axs[1], corpus.characters, MIN_CHARACTERS, "characters a caption")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-020
+# %% ../nbs/10_explore.ipynb #10-explore-021
 FUNCTION_WORDS = set("a an the this that these those and or but not no of in on at to from for by with as is are was were be been it its there "
                      "here into over under up out he she they we you i his her their your my some any each all more most for".split())
 
@@ -179,7 +181,7 @@ def _bars(ax, counts: list[tuple[str, int]], title: str):
     ax.grid(axis="y", visible=False)
     return ax
 
-# %% ../nbs/10_explore.ipynb #10-explore-021
+# %% ../nbs/10_explore.ipynb #10-explore-022
 def plot_words(corpus: Corpus, top: int = 30):
     "The most frequent words and pairs of words, the boilerplate phrases, and frequency against rank, as a figure."
     import numpy as np
@@ -196,7 +198,7 @@ def plot_words(corpus: Corpus, top: int = 30):
     axs[3].set(xlabel="rank", ylabel="times", title="frequency by rank")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-023
+# %% ../nbs/10_explore.ipynb #10-explore-024
 def plot_images(pictures: Pictures):
     "Widths against heights, shorter sides, size classes by format, brightness and sharpness, as a figure."
     fig, axs = panels(5 if pictures.brightness else 3, width=13 if pictures.brightness else 9)
@@ -213,7 +215,7 @@ def plot_images(pictures: Pictures):
         _bins(axs[4], pictures.sharpness, "variance of the Laplacian", "sharpness")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-024
+# %% ../nbs/10_explore.ipynb #10-explore-025
 def _plot_sizes(ax, pictures: Pictures):
     "Widths against heights in squares of 20 pixels, with lines at the filter's 224."
     places = pictures.places.most_common()
@@ -228,7 +230,7 @@ def _bins(ax, counts: Counter, xlabel: str, title: str):
     ax.set(xlabel=xlabel, ylabel="pictures", title=title)
     return _whole_numbers(ax)
 
-# %% ../nbs/10_explore.ipynb #10-explore-026
+# %% ../nbs/10_explore.ipynb #10-explore-027
 def plot_saturation(curves: dict[str, list[tuple[int, float]]]):
     "Different words against words, a curve a set: sets compare where both have points."
     fig, (ax,) = panels(1, width=4.6)
@@ -250,7 +252,7 @@ def plot_flags(a: dict):
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-029
+# %% ../nbs/10_explore.ipynb #10-explore-030
 def picture_of(raw: str, root: str | Path):
     "The first picture of a row given as JSON; None if it cannot be shown."
     row = json.loads(raw)
@@ -279,11 +281,15 @@ def plot_gallery(found: Exploration, columns: int = 6, names: Iterable[str] = tu
             ax.set_title(f"{heading}\n{_label(caption)}", fontsize=6, loc="left", va="bottom", pad=3)
     return fig
 
+def browse(found: Exploration) -> Gallery:
+    "The same rows, to be gone through one by one."
+    return Gallery({SHOWN[name]: [(picture_of(raw, found.root), caption) for _, _, caption, raw in rows] for name, rows in found.shown.items()})
+
 def _thumbnail(im, side: int = 96):
     from PIL import ImageOps
     return ImageOps.pad(im, (side, side), color="white")
 
-# %% ../nbs/10_explore.ipynb #10-explore-030
+# %% ../nbs/10_explore.ipynb #10-explore-031
 def plot_alike(
     source: str | Path,
     root: str | Path,
@@ -305,7 +311,21 @@ def plot_alike(
     if not pairs: axs[0].text(0, 0.5, "no two files look alike")
     return fig
 
-# %% ../nbs/10_explore.ipynb #10-explore-032
+# %% ../nbs/10_explore.ipynb #10-explore-033
+@patch
+def table(self: Exploration) -> Table:
+    "How many rows came in, how many are sound, and why the others are not."
+    share = lambda n: f"{n / max(self.rows, 1):.1%}"
+    counts = {"rows in": self.rows, "accepted": self.accepted, **{f"rejected: {why}": n for why, n in self.reasons.most_common()}}
+    return show_table([{"rows": name, "n": n, "share": share(n)} for name, n in counts.items()])
+
+@patch
+def __repr__(self: Exploration) -> str: return repr(self.table())
+
+@patch
+def _repr_html_(self: Exploration) -> str: return self.table()._repr_html_()
+
+# %% ../nbs/10_explore.ipynb #10-explore-035
 def conclusion(a: dict) -> list[str]:
     "What the numbers say, in sentences."
     r, refused = a["rows"], ", ".join(f"{n:,} {name}" for name, n in a["rejected_by"].items())
@@ -333,7 +353,7 @@ def _of_pictures(i: dict, alike: dict) -> list[str]:
     if alike["files"]: out += [f"{alike['alike']:,} of {alike['files']:,} picture files look like another one (fingerprints within {alike['bits']} bits), in {alike['groups']:,} groups."]
     return out
 
-# %% ../nbs/10_explore.ipynb #10-explore-034
+# %% ../nbs/10_explore.ipynb #10-explore-037
 def preview(path: str | Path, root: str | Path | None = None, depth: str = "full", sample: int = 0, workers: int = 0, top: int = 15) -> str:
     "What there is to say of a data set, as text. Image paths are taken from `root`: the folder of the file, if not given."
     path = Path(path).expanduser()

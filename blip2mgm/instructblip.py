@@ -304,7 +304,7 @@ def load_instructblip(
     logging.disable_progress_bar()
     place = weights_dir()/"instructblip" if model == "shipped" else model
     try:
-        m = InstructBlipForConditionalGeneration.from_pretrained(place, dtype=getattr(torch, dtype))
+        m = InstructBlipForConditionalGeneration.from_pretrained(place, dtype=getattr(torch, dtype), use_safetensors=True)
         return m.eval(), InstructBlipProcessor.from_pretrained(place)
     except (OSError, ValueError) as e: raise UserError(f"no InstructBLIP in {model}: {str(e).splitlines()[0]}") from None
 

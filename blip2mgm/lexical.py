@@ -13,9 +13,9 @@ from math import exp, lgamma
 from statistics import fmean, NormalDist
 
 # %% auto #0
-__all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'words', 'length_stats', 'ngrams', 'frequencies', 'ttr', 'all_words',
-           'numbered', 'mattr', 'mtld', 'expected_types', 'hdd', 'compression', 'self_repetition', 'Diversity', 'tail',
-           'bootstrap_mean', 'too_short', 'boilerplate']
+__all__ = ['MIN_WORDS', 'MIN_CHARACTERS', 'BOILERPLATE', 'STOCK', 'words', 'length_stats', 'ngrams', 'frequencies', 'ttr',
+           'all_words', 'numbered', 'mattr', 'mtld', 'expected_types', 'hdd', 'compression', 'self_repetition',
+           'Diversity', 'tail', 'bootstrap_mean', 'too_short', 'boilerplate']
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-005
 _word = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -158,9 +158,9 @@ def too_short(caption: str, min_words: int = MIN_WORDS, min_characters: int = MI
 BOILERPLATE = ("stock photo", "stock image", "stock illustration", "royalty free", "royalty-free", "clip art", "clipart", "free vector",
     "vector illustration", "download", "click here", "shutterstock", "getty images", "istock", "alamy", "wallpaper for", "all rights reserved",
     "copyright", "for sale", "free shipping", "buy now", "image may contain", "untitled", "no description", "www", "http", "https")
-_boilerplate = re.compile(rf"\b(?:{'|'.join(map(re.escape, BOILERPLATE))})s?\b|©")
+STOCK = re.compile(rf"\b(?:{'|'.join(map(re.escape, BOILERPLATE))})s?\b|©")
 
 def boilerplate(caption: str) -> str:
     "The first stock phrase in a caption, in lower case, or an empty string."
-    found = _boilerplate.search(caption.lower())
+    found = STOCK.search(caption.lower())
     return found[0] if found else ""

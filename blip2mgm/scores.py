@@ -83,13 +83,13 @@ def plot_by_type(result: dict, task: str, ax=None):
     import matplotlib.pyplot as plt
     blind, scores = result["majority"][task], main_scores(result, task)
     kinds, arms = list(blind["by_type"]), list(dict.fromkeys(s["arm"] for s in scores))
-    if ax is None: _, ax = plt.subplots(figsize=(max(5, 1.15 * len(kinds)), 3), layout="constrained")
+    if ax is None: _, ax = plt.subplots(figsize=(max(6.5, 1.15 * len(kinds)), 3.2), layout="constrained")
     _bars(ax, scores, kinds, arms)
     ax.hlines([100 * blind["by_type"][k]["score"] for k in kinds], [i - .42 for i in range(len(kinds))], [i + .42 for i in range(len(kinds))], "black", lw=1.5, label="majority answer")
     ax.set(ylim=(0, 105), ylabel=f"{blind['metric']}, %")
-    ax.set_title(task, loc="left")
+    ax.set_title(task, loc="left", pad=20)
     ax.set_xticks(range(len(kinds)), [f"{k.replace('_', ' ')}\nn={blind['by_type'][k]['n']}" for k in kinds], fontsize=8, rotation=20 if len(kinds) > 6 else 0)
-    ax.legend(fontsize=7, ncols=len(arms) + 1, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1, handlelength=1.2)
+    ax.legend(fontsize=8, ncols=len(arms) + 1, loc="lower left", bbox_to_anchor=(-.02, 1), frameon=False, columnspacing=1, handlelength=1.2)
     return ax
 
 # %% ../nbs/077_scores.ipynb #077-scores-018

@@ -46,9 +46,9 @@ def pixels(shrunk:list, processor) -> torch.Tensor:
     "[B, 3, H, W] pixel values of pictures that went through `shrink`"
     p = processor.image_processor
     if not _only_resizes(p): return p(shrunk, return_tensors="pt")["pixel_values"]
-    x = torch.from_numpy(np.stack(shrunk)).permute(0, 3, 1, 2).float() * p.rescale_factor
+    x = torch.from_numpy(np.stack(shrunk)).permute(0, 3, 1, 2).contiguous().float()   # bytes change places faster than floats
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (p.image_mean, p.image_std))
-    return ((x - mean) / std).contiguous()
+    return x.mul_(p.rescale_factor).sub_(mean).div_(std)
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-014
 def weights_hash(folder) -> str:
@@ -177,16 +177,17 @@ def logits(self:Speaker) -> torch.Tensor:
 # %% ../nbs/089_speaker.ipynb #089-speaker-031
 def choose(
     logits:torch.Tensor,      # [B, V]
-    rngs:list|None=None,      # a random generator for each caption; None is greedy
+    rngs:list|None=None,      # a random generator of numpy's for each caption; None is greedy
     temperature:float=1.0,    # of the sampling
 ):
-    "[B] tokens, and [B] margins by which they were chosen"
+    "[B] tokens, and [B] margins by which they were chosen, as shares of the range of the scores"
+    spread = (logits.amax(-1) - logits.amin(-1)).clamp(min=torch.finfo(logits.dtype).tiny)
     if rngs is None:
         top, at = logits.topk(2)
-        return at[:, 0], top[:, 0] - top[:, 1]
-    edges = (logits.double() / temperature).softmax(-1).cumsum(-1)                                # B V
-    u = torch.tensor([[r.random()] for r in rngs], dtype=edges.dtype, device=edges.device) * edges[:, -1:]
-    return torch.searchsorted(edges, u, right=True)[:, 0].clamp(max=edges.shape[1] - 1), (edges - u).abs().amin(-1)
+        return at[:, 0], (top[:, 0] - top[:, 1]) / spread
+    waits = np.stack([rng.standard_exponential(logits.shape[1], dtype=np.float32) for rng in rngs])   # B V
+    top, at = ((logits / temperature).softmax(-1) / torch.from_numpy(waits).to(logits.device)).topk(2)
+    return at[:, 0], temperature * (top[:, 0] / top[:, 1]).log() / spread
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-033
 def stop_tokens(model, processor) -> set[int]:

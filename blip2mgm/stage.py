@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'data_root', 'data_hash', 'notebook_of', 'notebook_hash', 'fingerprint', 'versions', 'machine',
-           'peak_memory', 'Stage', 'record_of', 'result_hash', 'output_hashes', 'stale']
+           'peak_memory', 'hold', 'release', 'Stage', 'record_of', 'result_hash', 'output_hashes', 'stale']
 
 # %% ../nbs/00_stage.ipynb #00-stage-002
-import contextlib, html, importlib.metadata, json, os, platform, re, resource, sys, time
+import contextlib, html, importlib.metadata, inspect, json, os, platform, re, resource, sys, time
 from datetime import datetime, timezone
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from fastcore.basics import patch
 
-from .core import (plain_json, code_closure, code_hash, Config, data_fingerprint, digest, file_hash, files_of, project_root,
+from .core import (plain_json, code_closure, code_hash, Config, data_fingerprint, digest, file_hash, files_of, shipped_dir,
                            read_json, resolve, show_path, tree_hash, UserError, weights_dir, write_json, write_text)
 from .show import PROGRESS, show_table, Table
 
@@ -38,7 +38,7 @@ def data_hash(cfg) -> str|None:
 # %% ../nbs/00_stage.ipynb #00-stage-007
 def notebook_of(stage:str) -> Path|None:
     "The notebook of a stage (nbs/30_train.ipynb for train), None if it has none"
-    return next(iter(sorted((project_root()/"nbs").glob(f"[0-9][0-9]_{stage}.ipynb"))), None)
+    return next(iter(sorted((shipped_dir()/"nbs").glob(f"[0-9][0-9]_{stage}.ipynb"))), None)
 
 def notebook_hash(stage:str) -> str|None:
     "Fingerprint of what a stage's notebook does beyond its module"
@@ -95,12 +95,31 @@ def peak_memory() -> float:
     return round(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit, 1)
 
 # %% ../nbs/00_stage.ipynb #00-stage-016
+_held = {}  # stage folder -> its lock, while a stage is at work in this process
+
+def hold(folder:Path):
+    "Take a stage's folder for this process; UserError if another process is at work in it"
+    import fcntl
+    release(folder)
+    lock = open(folder/".lock", "a+")
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"another process is at work in {show_path(folder)}: wait for it, end it (a notebook's kernel counts), or take another run folder") from None
+    _held[str(folder)] = lock
+
+def release(folder:Path):
+    "Let go of a stage's folder"
+    if lock := _held.pop(str(folder), None): lock.close()
+
+# %% ../nbs/00_stage.ipynb #00-stage-017
 class Stage:
     "One stage of a run: its folder, its data, what it reads from earlier stages, and its record"
     def __init__(self, name:str, cfg:Config):
         self.name, self.cfg, self.run = name, cfg, resolve(cfg.run)
         self.dir, self.start, self.inputs = self.run/name, time.time(), {}
         self.dir.mkdir(parents=True, exist_ok=True)
+        hold(self.dir)
         (self.dir/"record.json").unlink(missing_ok=True)
         write_text(self.dir/"config.yaml", yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True))
         self.before, PROGRESS["stage"] = fingerprint(name, cfg), name
@@ -110,7 +129,7 @@ class Stage:
         "The data folder, made on first use if it is an embedded world"
         return data_root(self.cfg)
 
-# %% ../nbs/00_stage.ipynb #00-stage-018
+# %% ../nbs/00_stage.ipynb #00-stage-019
 def record_of(run, name:str) -> dict|None:
     "The record of a finished stage, None if there is none"
     path = Path(run)/name/"record.json"
@@ -120,7 +139,7 @@ def result_hash(record:dict) -> str:
     "One hash over all outputs of a finished stage"
     return digest(record["outputs"])
 
-# %% ../nbs/00_stage.ipynb #00-stage-019
+# %% ../nbs/00_stage.ipynb #00-stage-020
 @patch
 def upstream(self:Stage, name:str) -> Path:
     "The folder of an earlier stage of this run; UserError with the command to run if it is not finished"
@@ -131,7 +150,7 @@ def upstream(self:Stage, name:str) -> Path:
     self.inputs[name] = result_hash(record)
     return self.run/name
 
-# %% ../nbs/00_stage.ipynb #00-stage-021
+# %% ../nbs/00_stage.ipynb #00-stage-022
 def output_hashes(folder, outputs) -> dict:
     "Hash of each file among `outputs` and under the folders among them (relative to `folder`); UserError for one not there"
     places = [Path(folder)/o for o in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
@@ -139,7 +158,7 @@ def output_hashes(folder, outputs) -> dict:
         if not place.exists(): raise UserError(f"{show_path(place)} was not made")
     return {f.relative_to(folder).as_posix(): file_hash(f) for f in files_of(places)}
 
-# %% ../nbs/00_stage.ipynb #00-stage-022
+# %% ../nbs/00_stage.ipynb #00-stage-023
 @patch
 def finish(
     self:Stage,
@@ -152,9 +171,11 @@ def finish(
               "outputs": output_hashes(self.dir, outputs), "rows": rows or {},
               "start": stamp, "seconds": round(time.time() - self.start, 2), "peak_memory_mib": peak_memory(),
               "versions": versions(), "machine": machine()}
-    return read_json(write_json(self.dir/"record.json", record))
+    write_json(self.dir/"record.json", record)
+    release(self.dir)
+    return read_json(self.dir/"record.json")
 
-# %% ../nbs/00_stage.ipynb #00-stage-025
+# %% ../nbs/00_stage.ipynb #00-stage-027
 def _changed(now:dict, record:dict, folder:Path) -> str|None:
     "The first thing in which a record differs from how things are"
     for key in now:
@@ -164,28 +185,40 @@ def _changed(now:dict, record:dict, folder:Path) -> str|None:
     for out, was in record["outputs"].items():
         if not (folder/out).is_file() or file_hash(folder/out) != was: return f"{out} is missing or was changed"
 
-# %% ../nbs/00_stage.ipynb #00-stage-026
+# %% ../nbs/00_stage.ipynb #00-stage-028
 def stale(name:str, cfg:Config) -> str|None:
     "Why a stage must run, in a few words; None if its finished result still stands"
     if (record := record_of(resolve(cfg.run), name)) is None: return "not finished yet"
     return _changed(plain_json(fingerprint(name, cfg) | {"data": data_hash(cfg)}), record, resolve(cfg.run)/name)
 
-# %% ../nbs/00_stage.ipynb #00-stage-029
+# %% ../nbs/00_stage.ipynb #00-stage-031
+def _source(cls) -> str:
+    "The text of a class, also of one that a notebook's cell defines"
+    with contextlib.suppress(OSError, TypeError): return inspect.getsource(cls)
+    cells = getattr(sys.modules["__main__"], "In", [])
+    return next((c for c in reversed(cells) if f"class {cls.__name__}(" in c), "")
+
 def _notes(cls) -> dict:
-    "The comment beside each parameter, where the source can be read"
-    from fastcore.docments import docments
-    with contextlib.suppress(Exception): return {k: v for k, v in docments(cls).items() if isinstance(v, str)}
-    return {}
+    "The comment beside each parameter"
+    return dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", _source(cls), re.M))
+
+@patch
+def table(self:Config) -> Table:
+    "The parameters with their meaning"
+    notes = _notes(type(self))
+    return show_table([{"parameter": k, "value": v, "meaning": notes.get(k, "")} for k, v in self.to_dict().items()])
+
+@patch
+def _repr_html_(self:Config): return self.table()._repr_html_()
 
 @patch
 def tables(self:Stage) -> list[Table]:
     "The parameters with their meaning, and the environment"
-    notes, found = _notes(type(self.cfg)), versions()
+    found = versions()
     facts = machine() | {k: found[k] for k in ("python", "torch", "transformers", "peft", "py-data-juicer") if k in found}
-    parameters = [{"parameter": k, "value": v, "meaning": notes.get(k, "")} for k, v in self.cfg.to_dict().items()]
-    return [show_table(parameters), show_table([{"environment": k, "value": v} for k, v in facts.items() if v is not None])]
+    return [self.cfg.table(), show_table([{"environment": k, "value": v} for k, v in facts.items() if v is not None])]
 
-# %% ../nbs/00_stage.ipynb #00-stage-030
+# %% ../nbs/00_stage.ipynb #00-stage-032
 @patch
 def __repr__(self:Stage):
     return "\n\n".join([f"stage {self.name} in {show_path(self.dir)}", *map(repr, self.tables())])

@@ -19,15 +19,15 @@ from fastcore.basics import patch
 
 from .core import atomic_path, code_hash, read_json
 from .show import track
-from .data import MAX_PIXELS, GateResult, Picture, Root, _with_reason, as_seen, judge, look_at, open_picture, strict_pillow
-from .formats import (_line, caption_of, count_images, count_parquet, files_in, format_of, is_blank, iter_rows, numbered_lines,
-                              parse_line, plain_rows, unread)
+from .data import MAX_PIXELS, Bad, GateResult, Picture, Root, _with_reason, as_seen, judge, look_at, open_picture, seen_as, strict_pillow, unchecked
+from .formats import (_line, by_arrow, caption_of, count_images, count_lines, count_parquet, END, files_in, format_of, IMAGE, is_blank, iter_rows,
+                              line_blocks, parse_line, plain_rows, unread)
 from .lexical import length_stats
-from .corpus import FLAGS, RULES, Corpus, describe_corpus, join, leaks, power_law
+from .corpus import FLAGS, RULES, Corpus, Tape, describe_corpus, join, leaks, power_law
 
 # %% auto #0
-__all__ = ['SIZES', 'FIELDS', 'COLUMNS', 'SHOWN', 'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats',
-           'close_pairs', 'alike', 'look_at_rows', 'count_rows', 'batches', 'rows_at', 'looked_at', 'Seen',
+__all__ = ['SIZES', 'FIELDS', 'COLUMNS', 'SHOWN', 'TEXT_BATCH', 'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats',
+           'close_pairs', 'alike', 'look_once', 'look_at_rows', 'count_rows', 'batches', 'rows_at', 'looked_at', 'Seen',
            'Exploration', 'table_of', 'refused', 'explore', 'of_gate', 'held_out_sets', 'leakage', 'analyse']
 
 # %% ../nbs/06_survey.ipynb #06-survey-005
@@ -72,7 +72,7 @@ class Pictures:
     def __init__(self):
         self.width, self.height, self.bytes, self.shorter, self.brightness, self.sharpness = (Counter() for _ in range(6))
         self.formats, self.modes, self.sizes, self.kinds, self.places, self.aspects = (Counter() for _ in range(6))
-        self.hashes, self.paths, self.rows = [], [], []   # arrays: fingerprint, number for the path, row
+        self.hashes, self.paths, self.rows = Tape("uint64"), Tape("int64"), Tape("uint32")   # of each decoded picture: fingerprint, number for the path, row
     def __len__(self): return self.width.total()
 
 @patch
@@ -82,9 +82,10 @@ def add(self: Pictures, seen: list[tuple[int, str, Picture]]):
     if not seen: return
     rows, paths, pictures = zip(*seen)
     self._count(pictures)
-    if _was_decoded(pictures[0]): self.hashes.append(np.array([p.hash for p in pictures], np.uint64))
-    self.paths.append(np.array(list(map(hash, paths)), np.int64))
-    self.rows.append(np.array(rows, np.uint32))
+    if not _was_decoded(pictures[0]): return
+    self.hashes.add(np.array([p.hash for p in pictures], np.uint64))
+    self.paths.add(np.array(list(map(hash, paths)), np.int64))
+    self.rows.add(np.array(rows, np.uint32))
 
 def _was_decoded(picture: Picture) -> bool:
     "Whether more than the header was looked at."
@@ -148,9 +149,9 @@ def _close_along(order, keys, ranked, near: int, window: int) -> Iterator:
 def alike(pictures: Pictures, near: int = 4) -> dict:
     "How many different files look like another one, in how many groups, and examples (pairs of rows with their distance in bits)."
     import numpy as np
-    if not pictures.hashes: return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
-    first = np.sort(np.unique(np.concatenate(pictures.paths), return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
-    hashes, rows = np.concatenate(pictures.hashes)[first], np.concatenate(pictures.rows)[first].astype(np.int64)
+    if not len(pictures.hashes): return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
+    first = np.sort(np.unique(pictures.paths.read(), return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
+    hashes, rows = pictures.hashes.read()[first], pictures.rows.read()[first].astype(np.int64)
     kinds, one, kind = np.unique(hashes, return_index=True, return_inverse=True)
     pairs, far, long = close_pairs(kinds, near)
     _, sizes = np.unique(join(np.arange(len(kinds)), pairs)[kind] if len(pairs) else kind, return_counts=True)
@@ -194,7 +195,47 @@ def _read(number: int, line: bytes) -> tuple:
     row, problem = parse_line(line, number)
     return (unread(line), problem, "") if problem else (row, "", line.decode())
 
-# %% ../nbs/06_survey.ipynb #06-survey-021
+# %% ../nbs/06_survey.ipynb #06-survey-022
+_CUT = "\x1e"
+
+def _usual(lines: list[bytes]) -> tuple[list[str], list[str], list[str]] | None:
+    "Ids, captions and pictures of a batch whose rows all have the usual form and are sound but for their pictures; else None."
+    table, n = by_arrow(lines), len(lines)
+    if table is None or "conversations" in table.column_names: return None
+    ids, texts = (table[name].to_pylist() for name in ("id", "text"))
+    if None in ids or None in texts or not all(map(str.strip, ids)) or not _one_image_each(table["images"]): return None
+    text = _CUT.join(texts)
+    captions = text.removeprefix(IMAGE).removesuffix(END).split(END + _CUT + IMAGE)
+    usual = text.startswith(IMAGE) and text.endswith(END) and text.count("<") == 2 * n and text.count(_CUT) == n - 1 and len(captions) == n
+    captions = [c.strip() for c in captions]
+    if not usual or any(c[:1] not in _PLAIN_STARTS and is_blank(c) for c in captions): return None
+    return ids, captions, table["images"].combine_chunks().values
+
+def _one_image_each(images) -> bool:
+    "Whether each list in an Arrow column holds one text."
+    import numpy as np
+    lists = images.combine_chunks()
+    ends = np.frombuffer(lists.buffers()[1], np.int32, len(lists) + 1)
+    return not lists.null_count and not lists.values.null_count and bool((np.diff(ends) == 1).all())
+
+# %% ../nbs/06_survey.ipynb #06-survey-023
+def _usual_rows(lines: list[bytes], look) -> dict[str, tuple] | None:
+    "Columns of a batch whose rows all have the usual form (else None); `look` looks at one picture, and is None where none is looked at."
+    if not (found := lines and _usual(lines)): return None
+    ids, captions, images = found
+    if look is None: return dict(zip(COLUMNS, (ids, ("",) * len(ids), captions, ({},) * len(ids), (_ALL_FILLED,) * len(ids), lines)))
+    seen = [look_once(image, id, 0, look) for id, image in zip(ids, images.to_pylist())]
+    rows = [(id, "", caption, picture, _ALL_FILLED, line.decode()) if not reason else ("", reason, "", {}, _ALL_FILLED, line.decode())
+            for id, caption, line, (reason, picture) in zip(ids, captions, lines, seen)]
+    return dict(zip(COLUMNS, zip(*rows)))
+
+def look_once(image: str, id: str, number: int, look) -> tuple[str, dict[str, Picture]]:
+    "Why the row of a picture is refused (or an empty string), and what was seen of the picture."
+    try: return "", {seen_as(image, id, number): look(image)}
+    except Bad as e: return str(e), {}
+    except Exception as e: return unchecked(e), {}
+
+# %% ../nbs/06_survey.ipynb #06-survey-024
 def look_at_rows(
     rows: list,  # (number, line) of a jsonl file, or (row, problem)
     lines: bool,  # which of the two
@@ -204,14 +245,16 @@ def look_at_rows(
 ) -> dict[str, tuple]:
     "Columns of a batch: id, reason (or an empty string), caption, pictures by path, which fields are filled, and the whole row as JSON."
     root = root if isinstance(root, Root) else Root(root)
-    quick = plain_rows([line for _, line in rows]) if lines and depth == "text" else [None] * len(rows)
-    look = (lambda image: None) if depth == "text" else lambda image: look_at(image, root, max_pixels, depth == "full", measure)
-    read = _read if lines else lambda row, problem: (row, problem, None)
+    look = None if depth == "text" else lambda image: look_at(image, root, max_pixels, depth == "full", measure)
+    alone = [line for _, line in rows] if lines else []
     with strict_pillow():
-        found = [plain and _plain(plain, row[1]) or _judged(*read(*row), root, look) for plain, row in zip(quick, rows)]
+        if found := _usual_rows(alone, look): return found
+        quick = plain_rows(alone) if alone and not look else [None] * len(rows)
+        read = _read if lines else lambda row, problem: (row, problem, None)
+        found = [plain and _plain(plain, row[1]) or _judged(*read(*row), root, look or (lambda image: None)) for plain, row in zip(quick, rows)]
     return dict(zip(COLUMNS, zip(*found))) if found else {name: () for name in COLUMNS}
 
-# %% ../nbs/06_survey.ipynb #06-survey-024
+# %% ../nbs/06_survey.ipynb #06-survey-027
 def count_rows(source: str | Path) -> int:
     "How many rows a file or folder of shards holds."
     return sum(_rows_in(file) for file in files_in(source))
@@ -219,44 +262,47 @@ def count_rows(source: str | Path) -> int:
 def _rows_in(file: Path) -> int:
     "How many rows one file holds."
     if format_of(file) == ".parquet": return count_parquet(file)
-    return sum(1 for _ in (numbered_lines if format_of(file) in (".jsonl", ".ndjson") else iter_rows)(file))
+    return count_lines(file) if _of_lines(file) else sum(1 for _ in iter_rows(file))
 
-def _has_lines(source) -> bool:
-    "Whether every row of a source is a line of its own."
-    return all(format_of(file) in (".jsonl", ".ndjson") for file in files_in(source))
+def _of_lines(file) -> bool:
+    "Whether every row of a file is a line of its own."
+    return format_of(file) in (".jsonl", ".ndjson")
 
-def _items(source) -> Iterator[tuple]:
-    "The rows as they are handed to a worker: numbered lines where the format has them, else rows with their problem."
-    if not _has_lines(source): yield from iter_rows(source); return
-    for file in files_in(source): yield from numbered_lines(file)
+def _has_lines(source) -> bool: return all(map(_of_lines, files_in(source)))
 
-def _weight(item: tuple, lines: bool) -> int:
-    "About how many bytes a row takes."
-    if lines: return len(item[1])
-    images = item[0].get("images") if isinstance(item[0], dict) else None
-    return sum(len(image) for image in images or () if isinstance(image, bytes)) if isinstance(images, (list, tuple)) else 0
+def _items(source) -> Iterator[list[tuple]]:
+    "The rows as they are handed to a worker, some at a time: numbered lines where the format has them, else rows with their problem."
+    if not _has_lines(source): yield from ([item] for item in iter_rows(source)); return
+    for file in files_in(source): yield from line_blocks(file)
 
-# %% ../nbs/06_survey.ipynb #06-survey-025
+def _weight(items: list[tuple], lines: bool) -> int:
+    "About how many bytes rows take."
+    if lines: return sum(len(line) for _, line in items)
+    held = [row.get("images") for row, _ in items if isinstance(row, dict)]
+    return sum(len(image) for images in held if isinstance(images, (list, tuple)) for image in images if isinstance(image, bytes))
+
+# %% ../nbs/06_survey.ipynb #06-survey-028
 def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[list, bool]]:
     "Rows in batches of `size` (fewer where they are large), as lines where the format has them; only those numbered in `picked`, if given."
-    lines, wanted, rows, held = _has_lines(source), None if picked is None else set(picked), [], 0
-    for number, item in enumerate(_items(source)):
-        if wanted is not None and number not in wanted: continue
-        rows.append(item)
-        held += _weight(item, lines)
-        if len(rows) == size or held > room:
-            yield rows, lines
-            rows, held = [], 0
+    lines, wanted, rows, held, seen = _has_lines(source), None if picked is None else set(picked), [], 0, 0
+    for some in _items(source):
+        first, seen = seen, seen + len(some)
+        if wanted is not None: some = [item for number, item in enumerate(some, first) if number in wanted]
+        rows += some
+        held += _weight(some, lines)
+        while len(rows) >= size or held > room:
+            yield rows[:size], lines
+            rows, held = rows[size:], 0
     if rows: yield rows, lines
 
-# %% ../nbs/06_survey.ipynb #06-survey-026
+# %% ../nbs/06_survey.ipynb #06-survey-029
 def rows_at(source: str | Path, numbers) -> dict[int, str]:
     "Rows of a file by their place, as JSON."
     wanted, lines = set(numbers), _has_lines(source)
-    items = islice(enumerate(_items(source)), max(wanted, default=-1) + 1)
+    items = islice(enumerate(item for some in _items(source) for item in some), max(wanted, default=-1) + 1)
     return {n: item[1].decode() if lines else _line(item[0]) for n, item in items if n in wanted}
 
-# %% ../nbs/06_survey.ipynb #06-survey-028
+# %% ../nbs/06_survey.ipynb #06-survey-031
 def _as_pictures(batch: dict) -> dict:
     "A batch read back from its file, with its pictures as such again."
     return {**batch, "pictures": [{k: Picture(*p) for k, p in seen.items()} for seen in batch["pictures"]]}
@@ -277,10 +323,11 @@ def looked_at(
     picked=None,  # row numbers, for a sample
     workers: int = 1,
     folder: Path | None = None,  # where finished batches are kept
+    size: int = 1000,  # rows a batch
 ) -> Iterator[dict]:
     "The batches in their order; see `look_at_rows`."
     file = lambda k: folder and folder/f"{k:06}.json"
-    todo = ((file(k), rows, lines, str(root), depth, max_pixels) for k, (rows, lines) in enumerate(batches(source, picked)))
+    todo = ((file(k), rows, lines, str(root), depth, max_pixels) for k, (rows, lines) in enumerate(batches(source, picked, size)))
     if workers < 2:
         yield from (_kept(*work) for work in todo)
         return
@@ -296,7 +343,7 @@ def looked_at(
         finally:
             for left in waiting: left.cancel()
 
-# %% ../nbs/06_survey.ipynb #06-survey-030
+# %% ../nbs/06_survey.ipynb #06-survey-033
 class Seen:
     "The ids that were accepted so far, as sorted arrays that are merged as they grow."
     def __init__(self): self.parts = []
@@ -305,12 +352,20 @@ class Seen:
         import numpy as np
         if not ids: return []
         numbers = np.fromiter(map(hash, ids), np.int64, len(ids))
+        line = np.sort(numbers)
+        if (line[1:] != line[:-1]).all() and not any(self._known(part, line).any() for part in self.parts):   # the usual case, without finding out which
+            self._keep(line)
+            return [False] * len(ids)
         new, first = np.unique(numbers, return_index=True)
         old = np.ones(len(ids), bool)
         old[first] = False
-        for part in self.parts: old |= part[np.minimum(np.searchsorted(part, numbers), len(part) - 1)] == numbers
+        for part in self.parts: old |= self._known(part, numbers)
         self._keep(new[~old[first]])
         return old.tolist()
+    def _known(self, part, numbers):
+        "Which numbers a sorted array holds."
+        import numpy as np
+        return part[np.minimum(np.searchsorted(part, numbers), len(part) - 1)] == numbers
     def _keep(self, numbers):
         "Adds an array, and joins it with those that are not much longer."
         import numpy as np
@@ -318,7 +373,7 @@ class Seen:
         while self.parts and 2 * len(numbers) >= len(self.parts[-1]): numbers = np.sort(np.concatenate([self.parts.pop(), numbers]))
         self.parts.append(numbers)
 
-# %% ../nbs/06_survey.ipynb #06-survey-033
+# %% ../nbs/06_survey.ipynb #06-survey-036
 SHOWN = {"by chance": "rows drawn by chance", "shortest": "fewest words", "longest": "most words", **RULES, "darkest": "least brightness", "brightest": "most brightness",
          "blurred": "least sharpness", "odd shape": "farthest from square"}
 
@@ -332,9 +387,9 @@ class Exploration:
         self.reasons, self.filled, self.looked = Counter(), [0, 0, 0], 0
         self.corpus, self.pictures, self.seen = Corpus(), Pictures(), Seen()
         self.shown, self.held, self.depth = {name: [] for name in SHOWN}, {}, "full"
-        self.numbers = []   # for each accepted row its place among all
+        self.numbers = Tape("uint32")   # for each accepted row its place among all
 
-# %% ../nbs/06_survey.ipynb #06-survey-034
+# %% ../nbs/06_survey.ipynb #06-survey-037
 @patch
 def add(self: Exploration, batch: dict) -> tuple[list[str], list[int], dict]:
     "Takes in a batch; returns the reason for each row (or an empty string), which rows are good, and their measures."
@@ -347,8 +402,8 @@ def add(self: Exploration, batch: dict) -> tuple[list[str], list[int], dict]:
     first, self.rows, self.accepted = self.rows, self.rows + len(reasons), self.accepted + len(good)
     self._complete(batch, reasons)
     measures = self.corpus.add([batch["caption"][i] for i in good])
-    self.pictures.add([(first + i, path, p) for i in good for path, p in batch["pictures"][i].items()])
-    self.numbers.append(np.array(good, np.uint32) + np.uint32(first))
+    if any(batch["pictures"]): self.pictures.add([(first + i, path, p) for i in good for path, p in batch["pictures"][i].items()])
+    self.numbers.add(np.array(good, np.uint32) + np.uint32(first))
     self._show(batch, good, first, measures)
     return reasons, good, measures
 
@@ -357,10 +412,10 @@ def _complete(self: Exploration, batch: dict, reasons: list[str]):
     "Counts the fields that are filled, and why rows are refused."
     rejected = [i for i, reason in enumerate(reasons) if reason]
     self.looked += len(reasons) - sum(not isinstance(json.loads(batch["raw"][i]), dict) for i in rejected)
-    self.filled = [n + sum(column) for n, column in zip(self.filled, zip(*batch["filled"]))]
+    for filled, times in Counter(map(tuple, batch["filled"])).items(): self.filled = [n + times * there for n, there in zip(self.filled, filled)]
     self.reasons.update(reasons[i].split(":")[0] for i in rejected)
 
-# %% ../nbs/06_survey.ipynb #06-survey-036
+# %% ../nbs/06_survey.ipynb #06-survey-039
 @lru_cache
 def _schema():
     "The columns of rows.parquet."
@@ -378,7 +433,7 @@ def _about(p: Picture | None) -> dict:
     seen = {"width": p.width, "height": p.height, "aspect": p.width / p.height, "format": p.format, "mode": p.mode, "size": size_class(p), "bytes": p.bytes}
     return seen | {"brightness": p.brightness, "sharpness": p.sharpness, "fingerprint": f"{p.hash:016x}"} if _was_decoded(p) else seen
 
-# %% ../nbs/06_survey.ipynb #06-survey-037
+# %% ../nbs/06_survey.ipynb #06-survey-040
 def table_of(batch: dict, reasons: list[str], good: list[int], measures: dict):
     "The lines of a batch for rows.parquet, as an Arrow table."
     import numpy as np, pyarrow as pa
@@ -387,14 +442,15 @@ def table_of(batch: dict, reasons: list[str], good: list[int], measures: dict):
     place = pa.array(at, mask=at < 0)
     columns = {"id": batch["id"], "status": ["rejected" if reason else "accepted" for reason in reasons], "reason": reasons}
     columns |= {name: pa.array(values).take(place) for name, values in measures.items()}
-    pictures = [_about(not reason and next(iter(seen.values()), None)) for reason, seen in zip(reasons, batch["pictures"])]
-    return pa.table([columns[f.name] if f.name in columns else pa.array([p.get(f.name) for p in pictures], f.type) for f in _schema()], _schema())
+    pictures = [_about(not reason and next(iter(seen.values()), None)) for reason, seen in zip(reasons, batch["pictures"])] if any(batch["pictures"]) else ()
+    of_picture = lambda f: pa.array([p.get(f.name) for p in pictures], f.type) if pictures else pa.nulls(len(reasons), f.type)
+    return pa.table([columns[f.name] if f.name in columns else of_picture(f) for f in _schema()], _schema())
 
 def refused(batch: dict, reasons: list[str]) -> list[str]:
     "The refused rows of a batch, whole and with their reason, as lines of JSON."
     return [_line(_with_reason(json.loads(raw), reason)) for raw, reason in zip(batch["raw"], reasons) if reason]
 
-# %% ../nbs/06_survey.ipynb #06-survey-038
+# %% ../nbs/06_survey.ipynb #06-survey-041
 def _scores(chance, measures: dict, pictures: list) -> dict:
     "How much each good row belongs among those shown of each kind; not a number where it does not at all."
     import numpy as np
@@ -410,16 +466,21 @@ def _scores(chance, measures: dict, pictures: list) -> dict:
 def _show(self: Exploration, batch, good, first, measures):
     "Keeps the rows of this batch that belong among the few for show."
     import numpy as np
-    pictures = [next(iter(batch["pictures"][i].values()), None) for i in good]
+    pictures = [next(iter(batch["pictures"][i].values()), None) for i in good] if any(batch["pictures"]) else ()
     for name, score in _scores(self.rng.random(len(good)), measures, pictures).items():
         shown = self.shown[name]
         bar = shown[-1][0] if len(shown) == self.n_shown else -np.inf
         better = np.flatnonzero(score > bar)
         best = better[np.argsort(-score[better], kind="stable")[:self.n_shown]]
-        new = [(float(score[k]), first + good[k], batch["caption"][good[k]], batch["raw"][good[k]]) for k in best]
+        new = [(float(score[k]), first + good[k], batch["caption"][good[k]], _as_text(batch["raw"][good[k]])) for k in best]
         self.shown[name] = sorted([*shown, *new], key=lambda s: (-s[0], s[1]))[:self.n_shown]
 
-# %% ../nbs/06_survey.ipynb #06-survey-040
+
+def _as_text(raw: str | bytes) -> str: return raw.decode() if isinstance(raw, bytes) else raw
+
+# %% ../nbs/06_survey.ipynb #06-survey-043
+TEXT_BATCH = 10_000   # rows a batch where no picture is looked at
+
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _stamp(source, *settings) -> str:
@@ -448,13 +509,15 @@ def explore(
     found.of, found.picked, found.depth, workers = total if picked is not None else None, picked, depth, workers or _cores()
     if depth == "text" or n is not None and n <= 2000: workers = 1   # starting processes would take longer
     kept = _kept_folder(folder, _stamp(source, str(root), depth, sample, seed, max_pixels)) if folder and depth == "full" else None
-    results = looked_at(source, root, depth, max_pixels, picked, workers, kept)
+    size = TEXT_BATCH if depth == "text" else 1000
+    results = looked_at(source, root, depth, max_pixels, picked, workers, kept, size)
     with _Files(folder) if folder else nullcontext() as files:
-        for batch in track(results, "rows, in thousands", -(-n // 1000) if n is not None else None):
+        for batch in track(results, f"rows, in {'ten ' * (size > 1000)}thousands", -(-n // size) if n is not None else None):
             outcome = found.add(batch)
             if files: files.add(table_of(batch, *outcome), refused(batch, outcome[0]))
     assert found.rows == found.accepted + found.reasons.total() and (n is None or found.rows == n), "a row was lost"
     for old in Path(folder).glob(".batches-*") if folder else (): shutil.rmtree(old)
+    found.seen = Seen()   # of no further use, and the largest thing that is left
     return found
 
 def _kept_folder(folder: str | Path, stamp: str) -> Path:
@@ -468,7 +531,7 @@ def _drawn(total: int, n: int, seed: int):
     import numpy as np
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False)).tolist()
 
-# %% ../nbs/06_survey.ipynb #06-survey-041
+# %% ../nbs/06_survey.ipynb #06-survey-044
 class _Files:
     "The files that grow as the rows go by, each whole or not there."
     def __init__(self, folder): self.folder = Path(folder)
@@ -485,7 +548,7 @@ class _Files:
         for file in (self.writer, self.lines): file.close()
         for path in self.paths: path.__exit__(*error)
 
-# %% ../nbs/06_survey.ipynb #06-survey-043
+# %% ../nbs/06_survey.ipynb #06-survey-046
 def of_gate(result: GateResult, root: str | Path = ".") -> Exploration:
     "The exploration of rows that have passed the gate already."
     found = Exploration(root)
@@ -502,7 +565,7 @@ def _passed(row: object, why: str, pictures: dict[str, Picture]) -> tuple:
     seen = {path: pictures[path] for path in row.get("images") or [] if isinstance(path, str) and path in pictures}
     return str(row["id"]), "", caption_of(text), seen, _filled(row), _line(row)
 
-# %% ../nbs/06_survey.ipynb #06-survey-045
+# %% ../nbs/06_survey.ipynb #06-survey-048
 def held_out_sets(root: str | Path) -> dict[str, list]:
     "The questions of the evaluation sets that lie in the data folder."
     from blip2mgm.tasks import read_mmbench, read_textvqa
@@ -514,13 +577,13 @@ def held_out_sets(root: str | Path) -> dict[str, list]:
 def leakage(found: Exploration, questions: list, near: int = 4, overlap: float = 0.8) -> dict:
     "How many pictures and questions of a held-out set have a near-duplicate in training, with examples."
     import numpy as np
-    hashes = _fingerprints_of(questions) if found.pictures.hashes else {}
+    hashes = _fingerprints_of(questions) if len(found.pictures.hashes) else {}
     hits = _leaked(np.array([*hashes.values()], np.uint64), found, near) if hashes else {}
     texts = list(dict.fromkeys(f"{q.question} {q.answers[0] if len(q.answers) > 1 else q.options.get(q.answers[0], '')}" for q in questions))
     held = Corpus(found.corpus.vocabulary)
     held.add(texts)
     found.corpus._learn()
-    said, places, names = leaks(held, found.corpus, overlap), np.concatenate([np.zeros(0, np.uint32), *found.numbers]), list(hashes)
+    said, places, names = leaks(held, found.corpus, overlap), found.numbers.read(), list(hashes)
     return {"pictures": len(names), "pictures_seen": len(hits), "questions": len(texts), "questions_seen": len(said),
             "examples": [{"picture": names[i], "row": int(row), "bits": int(d)} for i, (row, d) in sorted(hits.items())[:20]],
             "texts": [{"held_out": texts[i], "row": int(places[j]), "overlap": x} for i, j, x in said[:20]]}
@@ -533,11 +596,11 @@ def _fingerprints_of(questions: list) -> dict[str, int]:
         except Exception: pass
     return out
 
-# %% ../nbs/06_survey.ipynb #06-survey-046
+# %% ../nbs/06_survey.ipynb #06-survey-049
 def _leaked(held, found: Exploration, near: int) -> dict:
     "For each held-out fingerprint with a close one in training: the nearest row and its distance."
     import numpy as np
-    train, rows, best = np.concatenate(found.pictures.hashes), np.concatenate(found.pictures.rows), {}
+    train, rows, best = found.pictures.hashes.read(), found.pictures.rows.read(), {}
     kinds, first = np.unique(train, return_index=True)
     same = np.minimum(np.searchsorted(kinds, held), len(kinds) - 1)
     for i in np.flatnonzero(kinds[same] == held).tolist(): best[i] = int(rows[first[same[i]]]), 0
@@ -546,7 +609,7 @@ def _leaked(held, found: Exploration, near: int) -> dict:
         if i < len(held) <= j and d < best.get(i, (0, 99))[1]: best[i] = int(rows[first[j - len(held)]]), d
     return best
 
-# %% ../nbs/06_survey.ipynb #06-survey-048
+# %% ../nbs/06_survey.ipynb #06-survey-051
 def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, seed: int = 0, near: int = 4, overlap: float = 0.8) -> dict:
     "All figures: the gate's counts, completeness, captions, words and runs of words, pictures, near-duplicates, leakage."
     if isinstance(found, GateResult): found = of_gate(found)
@@ -563,7 +626,7 @@ def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, 
         "leakage": {name: leakage(found, questions, near, overlap) for name, questions in found.held.items()},
         "rules": {**RULES, "size_from_shorter_side": SIZES}}
 
-# %% ../nbs/06_survey.ipynb #06-survey-049
+# %% ../nbs/06_survey.ipynb #06-survey-052
 def _about_words(corpus: Corpus, budget: int, top: int, seed: int) -> dict:
     "Lengths, diversity, frequencies and the two laws of a corpus."
     import numpy as np

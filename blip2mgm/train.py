@@ -20,6 +20,7 @@ from .curves import plot_training
 from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
+from .tracking import tracked
 from .workers import worker_pool
 
 # %% auto #0
@@ -69,6 +70,7 @@ class TrainConfig(Config):
     held_out: int = 0  # instruction rows that are only looked at, whenever a checkpoint is due
     patience: int = 0  # stage 2 ends when their loss was not lower this many times in a row; 0: never
     deepspeed: str = ""  # a DeepSpeed file (params/deepspeed holds some): its processes train one adapter together; empty: each trains one of its own
+    tracking: str = ""  # mlflow: the steps go to MLflow as well, to mlflow.db beside the run folder; empty: to their files alone
     workers: int = 2  # processes, one processor thread each
 
 # %% ../nbs/30_train.ipynb #30-train-008
@@ -97,6 +99,7 @@ def check(self: TrainConfig) -> None:
         if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
     for name in ("held_out", "patience"):
         if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+    if self.tracking not in ("", "mlflow"): raise ConfigError(f"tracking can be mlflow, or empty; not {self.tracking!r}")
     if self.deepspeed and not self.feature_cache: raise ConfigError("deepspeed needs feature_cache: the encoders are not shared among the processes")
     if self.deepspeed: check_zero(self.deepspeed, self.precision, self.adapter)
     if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
@@ -554,6 +557,7 @@ def train(
     "Trains all arms and seeds that are not trained yet."
     own = stage is None
     stage = stage or Stage("train", cfg)
+    draw = tracked(cfg.tracking, stage.run, draw)
     with worker_pool(cfg.workers) as pool:
         ready, pictures = prepare(cfg, stage.root, stage.upstream("enhance"), stage.dir)
         for k, aspect in ((1, "square"), (2, "pad")):
@@ -649,6 +653,12 @@ def results_table(trained: Trained) -> Table:
                      "seen in stage 2": mine[0]["stage2"]["samples"], "loss after stage 2": end(2),
                      "largest reload gap": max(max(r["round_trip"].values()) for r in mine)})
     return show_table(rows)
+
+@patch
+def __repr__(self: Trained) -> str: return repr(results_table(self))
+
+@patch
+def _repr_html_(self: Trained) -> str: return results_table(self)._repr_html_()
 
 # %% ../nbs/30_train.ipynb #30-train-071
 def data_table(ready: Prepared) -> Table:

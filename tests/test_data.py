@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from blip2mgm.core import UserError
-from blip2mgm.data import Bad, decode, gate, header, iter_gate, open_picture, save_gate, strict_pillow
-from blip2mgm.formats import (caption_of, count_images, count_parquet, iter_json, iter_rows, parse_line, plain_rows, read_dj, read_llava,
+from blip2mgm.data import _plain_jpeg, Bad, decode, gate, header, iter_gate, open_picture, save_gate, strict_pillow
+from blip2mgm.formats import (caption_of, count_images, count_lines, count_parquet, iter_json, iter_rows, line_blocks, parse_line, plain_rows, read_dj, read_llava,
                               text_of, write_dj, write_llava, write_parquet)
 
 
@@ -308,7 +308,7 @@ def test_pictures_inside_rows(root, tmp_path):
 
 
 @pytest.mark.parametrize("name, data, expected", [
-    ("a.csv", b"x", "in no format"), ("a.parquet", b"PAR1 no", "not a whole Parquet"), ("a.tar", b"no tar" * 200, "not a whole tar"),
+    ("a.xlsx", b"x", "in no format"), ("a.parquet", b"PAR1 no", "not a whole Parquet"), ("a.tar", b"no tar" * 200, "not a whole tar"),
     ("a.json", b'[{"id": 1},\n{"id": ]', "line 2"), ("a.json", b"\xff\xfe", "not UTF-8"), ("a.json", b'{"a": [1]}', "a list of rows"), ("a.jsonl.gz", b"no gz", "cut short"),
     ("a.jsonl.zst", b"no zst", "cut short"),
 ])
@@ -388,3 +388,26 @@ def test_plain_rows_say_what_the_strict_reader_says():
     for line, row in zip(lines, found):
         if row: assert parse_line(line, 1)[0] is not None and tuple(parse_line(line, 1)[0].get(k) for k in ("id", "text", "images")) == row
     assert sum(map(bool, found)) > 100
+
+
+def test_lines_are_counted_as_they_are_read(tmp_path):
+    rng = random.Random(5)
+    for size in (0, 1, 7, 200, 5000):
+        text = b"".join(rng.choices([b"\n", b"\r\n", b" ", b"\t", b"{}", b"\xef\xbb\xbf", b"abc", b"\x0c"], k=size))
+        (tmp_path / "a.jsonl").write_bytes(text)
+        plain = [(n, line.strip(b" \t\r\n")) for n, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1) if line.strip(b" \t\r\n")]
+        assert [item for block in line_blocks(tmp_path / "a.jsonl") for item in block] == plain and count_lines(tmp_path / "a.jsonl") == len(plain)
+
+
+def test_the_short_way_through_a_jpeg_says_what_pillow_says():
+    rng = random.Random(6)
+    for mode in ("L", "RGB"):
+        buffer = io.BytesIO()
+        Image.radial_gradient("L").resize((70, 50)).convert(mode).save(buffer, "JPEG", comment="a bus", progressive=mode == "L")
+        whole = buffer.getvalue()
+        assert _plain_jpeg(whole, len(whole))[:5] == (70, 50, "JPEG", mode, len(whole))
+        for _ in range(600):
+            data = bytearray(whole[:rng.choice([len(whole), rng.randrange(4, len(whole))])])
+            for _ in range(rng.randrange(3)): data[rng.randrange(2, min(700, len(data)))] = rng.randrange(256)
+            if found := _plain_jpeg(bytes(data), len(data)):
+                with Image.open(io.BytesIO(bytes(data))) as im: assert found[:4] == (*im.size, "JPEG", im.mode)

@@ -21,7 +21,7 @@ from blip2mgm.data import gate
 from blip2mgm.formats import caption_of, text_of
 from blip2mgm.enhance import EnhanceConfig
 from blip2mgm.mapper import lately
-from blip2mgm.recipe import CAPTIONER, MEMORY, dj_fingerprint, environment, filters_only, operators, resolve_recipe, run_recipe, what_failed
+from blip2mgm.recipe import CAPTIONER, MEMORY, SPACY, data_driven, dj_fingerprint, environment, filters_only, language_steps, operators, resolve_recipe, run_recipe, what_failed, without_spacy
 
 ROOT = project_root()
 RECIPE = ROOT / "params/recipes/blip2_enhanced.yaml"
@@ -72,7 +72,7 @@ def test_parameters_agree():
     values = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(tagged[0]).body}
     assert values == EnhanceConfig().to_dict() == EnhanceConfig.load("params/smoke/enhance.yaml").to_dict()
     assert EnhanceConfig.load("params/demo/enhance.yaml").data == "pictures/demo"
-    for wrong in ({"arms": ["blip3"]}, {"workers": 0}, {"mix": 1.5}, {"agreement": 1}):
+    for wrong in ({"arms": ["blip3"]}, {"workers": 0}, {"mix": 1.5}, {"agreement": 1}, {"executor": "rey"}):
         with pytest.raises(ConfigError):
             EnhanceConfig(**wrong)
 
@@ -124,6 +124,25 @@ def test_captions_are_the_captioners(run, gated, world):
     alone = Captioner(weights_dir() / "blip2", max_new_tokens=72, batch=5).caption([world / r["images"][0] for r in gated.accepted])
     written = {line["id"]: line["final_caption"] for line in run[1] if "caption_status" in line}
     assert [written[r["id"]] for r in gated.accepted] == [c.text for c in alone]
+
+
+@needs_weights
+@pytest.mark.parametrize("executor, batch", [("ray", 7), ("ray_partitioned", 1)])
+def test_ray_makes_the_same(run, gated, world, recipe, tmp_path, executor, batch):
+    "Both of Data-Juicer's executors on Ray, with other batch sizes, against the default one with 64"
+    steps = [{name: p | ({"model_batch": batch, "batch_size": 8} if name == CAPTIONER else {})} for name, p in operators(recipe)]
+    folder = run_recipe(gated.accepted, world, recipe | {"process": steps}, tmp_path / "dj", executor=executor)
+    assert fates(gated.accepted, folder, recipe) + rejections(gated.rejected) == run[1]
+    assert [r["id"] for r in read_jsonl(folder / "job/rows.jsonl")] == [r["id"] for r in read_jsonl(run[0] / "job/rows.jsonl")]
+    assert lately(tmp_path / MEMORY)[0] == len(gated.accepted)
+
+
+def test_cluster_by_address(recipe, tmp_path):
+    "Each machine remembers in a file of its own; the rest is as on this one"
+    made = resolve_recipe(recipe, tmp_path / "dj", executor="ray_partitioned", address="10.0.0.1:6379", workers=3)
+    assert made["ray_address"] == "10.0.0.1:6379" and made["partition"]["num_of_partitions"] == 3 and made["checkpoint"]["strategy"] == "every_op"
+    assert dict(operators(made))[CAPTIONER]["store"] == str(tmp_path / "captions-{host}.sqlite")
+    assert "executor_type" not in resolve_recipe(recipe, tmp_path / "dj")
 
 
 def write_arms(folder, made, rows): return {arm: write_arm(folder / arm, rows, lines) for arm, lines in made.items()}
@@ -339,6 +358,51 @@ def test_basic_recipe_in_plain_dj_process(world, gated, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert [r["id"] for r in read_jsonl(tmp_path / "out/rows.jsonl")] == [rows[0]["id"], rows[5]["id"]]
+
+
+@pytest.fixture
+def feelings(tmp_path):
+    "A classifier of two words, with random weights"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
+    made = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "happy": 2, "sad": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_input_names=["input_ids", "attention_mask"]).save_pretrained(tmp_path / "feelings")
+    config = DistilBertConfig(vocab_size=4, dim=16, hidden_dim=16, n_layers=1, n_heads=2, max_position_embeddings=32, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1})
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "feelings")
+    return tmp_path / "feelings"
+
+
+def explored(folder):
+    "What the exploration leaves, for thresholds that let everything pass"
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table({"status": ["accepted"] * 2, "words": [1, 99], "characters": [1, 400], "width": [1, 900], "height": [1, 900]}), folder / "rows.parquet")
+    return folder
+
+
+def test_sentiment_from_a_local_model(world, gated, feelings, tmp_path):
+    "A recipe with the operator runs in plain dj-process, and its label reaches the lineage"
+    rows = [r | {"caption": caption_of(r["text"]), "images": [str(world / r["images"][0])]} for r in gated.accepted[:4]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    made = data_driven(explored(tmp_path), tmp_path / "recipe.yaml", ROOT / "params/recipes/basic.yaml", str(feelings))
+    (tmp_path / "job").mkdir()
+    command = [sys.executable, Path(sys.executable).parent / "dj-process", "--config", made, "--dataset_path", tmp_path / "in.jsonl", "--export_path", tmp_path / "job/rows.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = fates(rows, tmp_path, read_yaml(made))
+    assert all(line["status"] == "kept" and line["stats"]["query_sentiment_label"] in ("negative", "positive") and 0.5 <= line["stats"]["query_sentiment_label_score"] <= 1 for line in lines)
+
+
+def test_what_has_no_model_is_left_out_and_says_so(tmp_path, monkeypatch):
+    made = data_driven(explored(tmp_path), tmp_path / "recipe.yaml", sentiment=str(tmp_path / "nowhere"))
+    assert f"query_sentiment_detection_mapper is left out: {tmp_path}/nowhere is not a folder with a model" in made.read_text()
+    assert "text_entity_dependency_filter is left out: spacy" in made.read_text()
+    assert [n for n, _ in operators(read_yaml(made))] == [n for n, _ in operators(read_yaml(ROOT / "params/recipes/data_driven.yaml"))]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert without_spacy().startswith("en_core_web_md")
+    (tmp_path / SPACY).touch()
+    monkeypatch.setenv("DATA_JUICER_EXTERNAL_MODELS_HOME", str(tmp_path))
+    assert without_spacy() == "" and "- text_entity_dependency_filter" in language_steps()
 
 
 def test_recipes_share_the_studys_thresholds(recipe):

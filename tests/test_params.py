@@ -1,12 +1,14 @@
 """Every parameter file against its dataclass and its notebook's parameters cell."""
 import subprocess
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import PIPELINE, PYTHON, ROOT, cells
 
 from blip2mgm import cli
+from blip2mgm.core import UserError
 
 FILES = [f for p in cli.profiles().values() for f in sorted(p.glob("*.y*ml"))]
 STAGES = [s for s in cli.stage_names()]
@@ -50,10 +52,33 @@ def test_the_defaults_are_the_smoke_profile(stage):
     assert cls.load(f"params/smoke/{stage}.yaml") == cls()
 
 
+TO_FILL_IN = ("24gb", "80gb", "cluster", "offline")  # profiles that name models to be fetched first
+
+
 @pytest.mark.parametrize("profile", list(cli.profiles()))
-def test_profile_is_in_order(profile):
+def test_profile_is_in_order(profile, monkeypatch):
+    if profile in TO_FILL_IN:
+        with pytest.raises(UserError) as e: cli.load_profile(profile)
+        for line in str(e.value).splitlines(): assert f"params/{profile}/" in line and "models/" in line and "is not there" in line or "holds no gemma, clip, convnext: write the folder" in line
+        monkeypatch.setattr(cli, "_model_problem", lambda steps: [])
     steps = cli.load_profile(profile)
     if profile in ("smoke", "demo") and not set(PIPELINE) - set(STAGES): assert [s.name for s in steps] == PIPELINE
+
+
+CARDS = {"24gb": 24, "80gb": 80, "cluster": 80, "offline": 24}  # GB of each card
+
+
+@pytest.mark.parametrize("profile", CARDS)
+def test_profile_fits_its_card_by_the_forecast(profile):
+    from blip2mgm.forecast import FULL, Plan, forecast
+    from blip2mgm.train import TrainConfig
+
+    cfg, said = TrainConfig.load(f"params/{profile}/train.yaml"), FULL | {"image_size_aux": 768}  # MGM-2B
+    zero = int(Path(cfg.deepspeed).stem.removeprefix("zero")) if cfg.deepspeed else 0
+    plan = Plan("lora", cfg.precision, cfg.micro_batch, cfg.max_length, 128, cfg.gradient_checkpointing, cfg.lora_r, zero, cfg.workers if zero else 1, cfg.feature_cache)
+    room = 0.9 * CARDS[profile] * 1e9 / 2**30
+    assert forecast(said, plan)["all"] < room
+    assert forecast(said, replace(plan, tuning="projector"))["all"] < room
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "params" / "recipes").glob("*.yaml")), ids=lambda f: f.stem)

@@ -107,7 +107,7 @@ def test_the_five_stages_are_there():
 def test_settings_and_pyproject_agree():
     p = PYPROJECT["project"]
     assert (p["name"], p["version"], p["description"]) == (SETTINGS["lib_name"], SETTINGS["version"], SETTINGS["description"])
-    assert p["requires-python"] == f">={SETTINGS['min_python']}" and p["dependencies"] == SETTINGS["requirements"].split()
+    assert p["requires-python"] == f">={SETTINGS['min_python']},<3.13" and p["dependencies"] == SETTINGS["requirements"].split()
     assert [f"{k}={v}" for k, v in p["scripts"].items()] == SETTINGS["console_scripts"].split()
     assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT / "blip2mgm/__init__.py").read_text()
 
