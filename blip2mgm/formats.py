@@ -146,7 +146,7 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 def _skip_line(f):
     "Passes over the rest of a line."
-    while (more := f.readline(LONGEST)) and not more.endswith(b"\n"): pass
+    while (more := f.readline(1 << 20)) and not more.endswith(b"\n"): pass
 
 def unread(line: bytes) -> dict:
     "A row that stands for a line that could not be read, holding the whole of it (the beginning, if it is too long to be held)."

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from .adapters import KINDS
 from .core import Config, ConfigError, UserError, resolve, show_path
 from .evaluate import EvaluateConfig, evaluate
 from .scores import score_matrix
 from .show import Table, show_table
 from .stage import Stage
 from .stats import compare, estimate, points
-from .train import TrainConfig, Trained, base_model, steps_of, train
+from .train import ADAPTERS, TrainConfig, Trained, base_model, steps_of, train
 
 # %% ../nbs/61_kinds.ipynb #61-kinds-006
 @dataclass
@@ -38,7 +37,7 @@ class KindsConfig(Config):
 
     def check(self):
         if len(set(self.adapters)) < len(self.adapters) or not self.adapters: raise ConfigError(f"adapters must name at least one kind, each once: {self.adapters}")
-        if odd := [k for k in self.adapters if k not in KINDS]: raise ConfigError(f"there is no adapter {odd[0]}; kinds are {', '.join(KINDS)}")
+        if odd := [k for k in self.adapters if k not in ADAPTERS]: raise ConfigError(f"there is no adapter {odd[0]}; kinds are {', '.join(ADAPTERS)}")
         if self.rates and len(self.rates) != len(self.adapters): raise ConfigError(f"rates must be empty or one for each of the {len(self.adapters)} kinds, not {len(self.rates)}")
         if self.seeds < 1 or self.workers < 1 or not self.tasks: raise ConfigError("seeds and workers must be at least 1, and tasks name at least one")
 

@@ -173,8 +173,8 @@ def test_a_lost_projector_is_noticed(saved, tmp_path, batch):
 def test_other_kinds_go_the_same_way_round(batch, tmp_path, kind):
     model = tuned(batch, kind=kind)
     gaps = check_round_trip(model, save(model, tmp_path), base, batch)
-    assert gaps["reloaded"] == 0 or kind in ("pissa", "adalora") and gaps["reloaded"] < 1e-4, "these two are saved as the plain LoRA they come to"
-    assert len(check_folder(tmp_path, base)) == 5
+    assert gaps["reloaded"] == 0 or kind in ("pissa", "adalora", "prefix") and gaps["reloaded"] < 1e-4, "these are saved as the plain LoRA they come to, or turned"
+    assert len(check_folder(tmp_path, base)) == 5 - (kind == "prefix"), "a prefix can't be merged"
     with torch.no_grad():
         assert (model(**batch).logits - base()(**batch).logits).abs().max() > 0.05
 
