@@ -17,11 +17,10 @@ from pathlib import Path
 from .core import Config, ConfigError, UserError, write_text
 
 # %% auto #0
-__all__ = ['RECIPE', 'OURS', 'TRAINING', 'MIDDLE', 'MANY', 'KINDS', 'ANSWERING', 'WAYS', 'BenchmarksConfig', 'shrunk',
-           'make_rows', 'Cost', 'cost', 'peer_cost', 'our_cost', 'measured', 'text_steps', 'middle_model',
-           'instruction_samples', 'our_training', 'peer_training', 'training_speed', 'per_sample', 'right',
-           'kind_training', 'kinds_of_adapter', 'one_by_one', 'plain_batches', 'ours', 'answering_way', 'answering',
-           'scoring']
+__all__ = ['RECIPE', 'OURS', 'TRAINING', 'MIDDLE', 'MANY', 'ANSWERING', 'WAYS', 'BenchmarksConfig', 'shrunk', 'make_rows', 'Cost',
+           'cost', 'peer_cost', 'our_cost', 'measured', 'text_steps', 'middle_model', 'instruction_samples',
+           'our_training', 'peer_training', 'training_speed', 'per_sample', 'one_by_one', 'plain_batches', 'ours',
+           'answering_way', 'answering', 'scoring']
 
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-005
 @dataclass
@@ -326,61 +325,6 @@ def per_sample(n: int) -> dict:
     return {"samples": n, "CPU ms a sample": round(1e3*float(c.output.strip().splitlines()[-1])/n, 3), "peak MiB": round(c.memory)}
 
 # %% ../nbs/90_benchmarks.ipynb #90-benchmarks-039
-KINDS = """import json
-from pathlib import Path
-from blip2mgm.benchmarks import kind_training
-from blip2mgm.core import set_threads
-set_threads(1)
-print(json.dumps(kind_training(Path({world!r}), {n}, {kind!r})))
-"""
-
-def right(model, sample: dict, store) -> bool:
-    "Whether every label of a sample is the likeliest word."
-    import torch
-    from blip2mgm.inputs import collate
-    with torch.no_grad(): out = model.eval()(**collate([sample], model.gemma.config.pad_token_id), features=store([sample["image"]]))
-    said, want = out.logits[0, :-1].argmax(-1), out.labels[0, 1:]
-    return bool((said == want)[want >= 0].all())
-
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-040
-def kind_training(world: Path, n: int, kind: str) -> dict:
-    "Trains one kind of adapter on `n` rows and asks it 64 others."
-    import tempfile
-    from dataclasses import replace
-    import torch
-    from blip2mgm.adapters import attach, trained
-    from blip2mgm.loop import Run
-    from blip2mgm.samples import LiveFeatures
-    model, samples, cfg = instruction_samples(world, n + 64)
-    if len({s["id"] for s in samples}) < len(samples): raise UserError(f"{n + 64} rows are needed, and there are only {len({s['id'] for s in samples})}")
-    look = LiveFeatures(model, dict(root=str(world), aspect="pad", pictures=[samples[0]["image"]]))
-    known = {p: look([p]) for p in {s["image"] for s in samples}}
-    def store(pictures): return known[pictures[0]].__class__(torch.cat([known[p].clip for p in pictures]), [torch.cat(m) for m in zip(*(known[p].aux for p in pictures))])
-    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, kind=kind)
-    adapter = sum(p.numel() for name, p in trained(model).items() if "lora_" in name)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(model, [samples[k:k+32] for k in range(0, n, 32)], store, replace(cfg, adapter=kind), 2, 0, Path(folder))
-        start = time.process_time()
-        run.run()
-        spent = time.process_time() - start
-    return dict(adapter=adapter, seconds=spent/len(run.batches), loss=run.log.rows[-1]["loss"], right=sum(right(model, s, store) for s in samples[n:]), of=64)
-
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
-def kinds_of_adapter(world: Path, n: int) -> list[dict]:
-    "A line for each kind: parameters, memory, time, score."
-    from importlib.util import find_spec
-    from scipy.stats import binomtest
-    from blip2mgm.train import ADAPTERS
-    out = []
-    for kind in (k for k in ADAPTERS if k != "qlora" or find_spec("bitsandbytes")):
-        c = cost([sys.executable, "-c", KINDS.format(world=str(world), n=n, kind=kind)], TRANSFORMERS_VERBOSITY="error")
-        found = json.loads(c.output.strip().splitlines()[-1])
-        low, high = binomtest(found["right"], found["of"]).proportion_ci(method="wilson")
-        out.append({"adapter": kind, "trained in it": found["adapter"], "peak MiB": round(c.memory), "CPU s a step": round(found["seconds"], 2), "last loss": round(found["loss"], 3),
-                    "right": f"{found['right']/found['of']:.0%} ({low:.0%} to {high:.0%})"})
-    return out
-
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-044
 ANSWERING = """import json, os, sys, threading, time
 import psutil, torch
 from blip2mgm.benchmarks import answering_way
@@ -410,7 +354,7 @@ def plain_batches(model, tokenizer, questions, new: int, size: int = 16) -> list
         out += model.generate(**batch, images_aux=pixels, max_new_tokens=new, stop_ids=stop_ids(tokenizer))
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-045
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-040
 def ours(model, tokenizer, questions, new: int) -> list:
     "As the evaluation asks."
     from blip2mgm.asking import ask, look_now
@@ -439,7 +383,7 @@ def answering_way(way: str, world: str, pictures: int, new: int) -> dict:
     over.set(); watch.join()
     return dict(way=way, questions=len(questions), seconds=spent, memory=max(max(most) - before, 0) / 2**20, total=max(most) / 2**20, answers=hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12])
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-046
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
 def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     "The three ways, each in a process of its own; UserError if they do not say the same."
     found = [json.loads(cost([sys.executable, "-c", ANSWERING.format(way=w, world=str(world), pictures=pictures, new=new)]).output.strip().splitlines()[-1]) for w in WAYS]
@@ -447,7 +391,7 @@ def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     return [{"way": f["way"], "questions": f["questions"], "questions per CPU s": round(f["questions"] / f["seconds"], 1), "ours is faster": f"{f['seconds'] / found[-1]['seconds']:.1f} times",
              "peak MiB": round(f["total"]), "of them added": round(f["memory"])} for f in found]
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-049
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-044
 def scoring(n: int, seed: int = 0) -> dict:
     "CPU seconds to score `n` VQAv2 answers."
     import random

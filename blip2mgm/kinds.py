@@ -89,7 +89,7 @@ def kind_row(cfg: KindsConfig, kind: str, trained: Trained) -> dict:
     "What a kind costs: parameters, memory of the largest process, and time of a training's stage 2."
     steps = [steps_of(j, 2) for j in trained.jobs]
     return {"kind": kind, "rate": trained.jobs[0].cfg.lora_lr, "trained parameters": adapter_size(trained.jobs[0].cfg), "process, MiB": max(r["memory_mib"] for log in steps for r in log),
-            "seconds a training": sum(r["seconds"] for log in steps for r in log)/len(steps), "last loss": sum(r["stage2"]["last_loss"] for r in trained.results)/len(steps)}
+            "seconds a training": sum(log[-1]["seconds"] for log in steps)/len(steps), "last loss": sum(r["stage2"]["last_loss"] for r in trained.results)/len(steps)}
 
 # %% ../nbs/61_kinds.ipynb #61-kinds-014
 def kinds_table(cfg: KindsConfig, costs: dict[str, dict], scores: dict[str, dict]) -> Table:

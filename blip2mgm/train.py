@@ -518,8 +518,10 @@ def check_first(jobs: list[Job]) -> list[Finding]:
 def dry_seconds(job: Job, stage: int) -> float:
     "Seconds that a stage of the job will take, from two steps."
     import tempfile
+    import torch
     from blip2mgm.adapters import attach
     from blip2mgm.forecast import dry_run
+    torch.set_num_threads(1)     # as in the processes that train
     cfg, model = job.cfg, begun(job, 1)
     if stage == 2: attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
     batches, _ = batches_of(job, stage, read_jsonl(job.samples[stage]))
@@ -683,11 +685,11 @@ def conclusion(trained: Trained) -> str:
 # %% ../nbs/30_train.ipynb #30-train-080
 def outlook_table(trained: Trained) -> Table:
     "Expected and measured: minutes and memory of a training."
-    steps, before = [r for j in trained.jobs for s in (1, 2) for r in steps_of(j, s)], dict(trained.outlook)
-    took = sum(r["seconds"] for r in steps)/60/min(trained.jobs[0].cfg.workers, len(trained.jobs))
+    logs, before = [steps_of(j, s) for j in trained.jobs for s in (1, 2)], dict(trained.outlook)
+    took = sum(log[-1]["seconds"] for log in logs)/60/min(trained.jobs[0].cfg.workers, len(trained.jobs))      # a line says how long its stage has run
     rows = [{"what": "minutes of all trainings' steps", "expected": before.pop("minutes", None), "measured": took}]
     rows += [{"what": k, "expected": v} for k, v in before.items()]
-    return show_table([*rows, {"what": "GiB, largest process", "measured": max(r["memory_mib"] for r in steps)/2**10}])
+    return show_table([*rows, {"what": "GiB, largest process", "measured": max(r["memory_mib"] for log in logs for r in log)/2**10}])
 
 # %% ../nbs/30_train.ipynb #30-train-090
 def health_table(trained: Trained) -> Table:
