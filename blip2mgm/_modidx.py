@@ -1691,6 +1691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'blip2mgm.workers': { 'blip2mgm.workers.Fresh': ('workers.html#fresh', 'blip2mgm/workers.py'),
                                   'blip2mgm.workers.Worker': ('workers.html#worker', 'blip2mgm/workers.py'),
                                   'blip2mgm.workers.Worker._Popen': ('workers.html#worker._popen', 'blip2mgm/workers.py'),
+                                  'blip2mgm.workers.accelerator': ('workers.html#accelerator', 'blip2mgm/workers.py'),
                                   'blip2mgm.workers.begin_worker': ('workers.html#begin_worker', 'blip2mgm/workers.py'),
                                   'blip2mgm.workers.worker_pool': ('workers.html#worker_pool', 'blip2mgm/workers.py')},
             'blip2mgm.world': { 'blip2mgm.world.World': ('world.html#world', 'blip2mgm/world.py'),

@@ -427,7 +427,7 @@ def check_round_trip(
     mode, tolerance = model.training, tolerance or TOLERANCE[model.gemma.dtype]
     with torch.no_grad():
         want = model.eval()(**batch).logits
-        again = load(base(), folder)
+        again = load(base(), folder).to(want.device)
         gaps = {"reloaded": (again(**batch).logits-want).abs().max().item()}
         if again.adapter_kind != "prefix": gaps["merged"] = (merge(again)(**batch).logits-want).abs().max().item()
     model.train(mode)

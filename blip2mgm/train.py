@@ -21,7 +21,7 @@ from .health import Finding, diagnose, findings_table, preflight
 from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
 from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
 from .tracking import tracked
-from .workers import worker_pool
+from .workers import accelerator, worker_pool
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
@@ -124,6 +124,7 @@ def base_model(cfg: TrainConfig):
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
     model = from_parts(folder/"gemma", folder/"clip", folder/"convnext", seed=cfg.step0_seed, dtype=dtype, max_length=cfg.max_length)
     for p in stage1_parameters(model).values(): p.data = p.data.float()
+    model.to(accelerator())
     return model, AutoTokenizer.from_pretrained(folder/"gemma")
 
 # %% ../nbs/30_train.ipynb #30-train-016

@@ -11,7 +11,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from .core import set_threads
 
 # %% auto #0
-__all__ = ['begin_worker', 'Worker', 'Fresh', 'worker_pool']
+__all__ = ['begin_worker', 'Worker', 'Fresh', 'worker_pool', 'accelerator']
 
 # %% ../nbs/06_workers.ipynb #06-workers-005
 def begin_worker(parent: int, stop) -> None:
@@ -51,3 +51,11 @@ def worker_pool(workers: int):
     pool = ProcessPoolExecutor(workers, mp_context=Fresh(), initializer=begin_worker, initargs=(os.getpid(), stop))
     pool.stop = stop
     return pool
+
+# %% ../nbs/06_workers.ipynb #06-workers-012
+def accelerator() -> str:
+    "The device that this process puts its models on."
+    import multiprocessing, torch
+    if not torch.cuda.is_available(): return "cpu"
+    worker = (multiprocessing.current_process()._identity or (1,))[-1] - 1
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', worker)) % torch.cuda.device_count()}"
