@@ -106,14 +106,15 @@ def kinds_table(cfg: KindsConfig, costs: dict[str, dict], scores: dict[str, dict
 
 # %% ../nbs/61_kinds.ipynb #61-kinds-015
 def plot_kinds(cfg: KindsConfig, costs: dict[str, dict], scores: dict[str, dict]):
-    "Score of each kind, with its seeds as dots, over its number of trained parameters; returns the axes."
+    "Score of each kind with its interval, seeds as dots, its number of trained parameters beside it; returns the axes."
     import matplotlib.pyplot as plt
-    _, ax = plt.subplots(figsize=(5, 2.8), dpi=80, layout="constrained")
-    for kind, cost in costs.items():
-        mine, x = scores[kind][cfg.tasks[0]], cost["trained parameters"]
+    _, ax = plt.subplots(figsize=(5.5, .5 + .35*len(costs)), dpi=80, layout="constrained")
+    for y, (kind, cost) in enumerate(costs.items()):
+        mine = scores[kind][cfg.tasks[0]]
         e = estimate(mine["scores"], mine["clusters"])
-        line, = ax.plot([x, x], [100*e.low, 100*e.high], lw=1.5)
-        ax.plot([x]*len(mine["scores"]), [100*sum(s)/len(s) for s in mine["scores"]], ".", color=line.get_color(), ms=5)
-        ax.annotate(kind, (x, 100*e.value), textcoords="offset points", xytext=(6, 0), fontsize=8)
-    ax.set(xscale="log", xlabel="trained parameters of the adapter", ylabel=f"{cfg.tasks[0]}, %")
+        ax.plot([100*e.low, 100*e.high], [y, y], color="tab:blue", lw=1.5)
+        ax.plot([100*sum(s)/len(s) for s in mine["scores"]], [y]*len(mine["scores"]), ".", color="black", ms=5)
+        ax.annotate(f"{cost['trained parameters']:,}", (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ax.set(yticks=range(len(costs)), yticklabels=list(costs), xlabel=f"{cfg.tasks[0]}, %", title="score, and trained parameters of the adapter")
+    ax.invert_yaxis()
     return ax
