@@ -1596,6 +1596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'blip2mgm.train.features_fingerprint': ('train.html#features_fingerprint', 'blip2mgm/train.py'),
                                 'blip2mgm.train.fill': ('train.html#fill', 'blip2mgm/train.py'),
                                 'blip2mgm.train.finish': ('train.html#finish', 'blip2mgm/train.py'),
+                                'blip2mgm.train.fresh': ('train.html#fresh', 'blip2mgm/train.py'),
                                 'blip2mgm.train.health_table': ('train.html#health_table', 'blip2mgm/train.py'),
                                 'blip2mgm.train.hold_out': ('train.html#hold_out', 'blip2mgm/train.py'),
                                 'blip2mgm.train.is_done': ('train.html#is_done', 'blip2mgm/train.py'),

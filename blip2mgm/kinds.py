@@ -18,7 +18,7 @@ from .scores import score_matrix
 from .show import Table, show_table
 from .stage import Stage
 from .stats import compare, estimate, points
-from .train import ADAPTERS, TrainConfig, Trained, base_model, steps_of, train
+from .train import ADAPTERS, TrainConfig, Trained, fresh, steps_of, train
 
 # %% ../nbs/61_kinds.ipynb #61-kinds-006
 @dataclass
@@ -81,9 +81,8 @@ def ask_kind(cfg: KindsConfig, kind: str) -> dict[str, dict]:
 # %% ../nbs/61_kinds.ipynb #61-kinds-013
 def adapter_size(cfg: TrainConfig) -> int:
     "Trained parameters of the adapter itself; mining and projector come to them."
-    from blip2mgm.adapters import attach, part_of
-    model = attach(base_model(cfg)[0], cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, kind=cfg.adapter)
-    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) in ("LoRA", "prefix"))
+    from blip2mgm.adapters import part_of
+    return sum(p.numel() for n, p in fresh(cfg, 2).named_parameters() if p.requires_grad and part_of(n) in ("LoRA", "prefix"))
 
 def kind_row(cfg: KindsConfig, kind: str, trained: Trained) -> dict:
     "What a kind costs: parameters, memory of the largest process, and time of a training's stage 2."

@@ -26,8 +26,8 @@ from .workers import accelerator, worker_pool
 # %% auto #0
 __all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
            'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
-           'planned', 'hold_out', 'peers', 'writes', 'together', 'begun', 'batches_of', 'run_stage', 'stage1', 'stage2',
-           'train_arm', 'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare',
+           'planned', 'hold_out', 'peers', 'writes', 'together', 'fresh', 'begun', 'batches_of', 'run_stage', 'stage1',
+           'stage2', 'train_arm', 'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare',
            'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained',
            'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'train', 'finish', 'load_trained',
            'base_of', 'check_adapter', 'merge_adapter', 'LivePlot', 'mean_sd', 'results_table', 'data_table',
@@ -257,16 +257,21 @@ def together() -> None:
     if peers(): peers().barrier()
 
 # %% ../nbs/30_train.ipynb #30-train-030
-def begun(job: Job, stage: int):
-    "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
-    from blip2mgm.adapters import attach, load_projector, read_tensors
+def fresh(cfg: TrainConfig, stage: int, seed: int = 0):
+    "The model at step 0 with what a stage trains; `seed` is of the adapter's first values."
+    from blip2mgm.adapters import attach
     from blip2mgm.mgm import stage1_parameters
-    cfg, model = job.cfg, base_model(job.cfg)[0]
+    model = base_model(cfg)[0]
     for p in model.parameters(): p.requires_grad_(False)
     for p in stage1_parameters(model).values(): p.requires_grad_(True)
-    if stage == 1: return model
-    load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
-    return attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    return model if stage == 1 else attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, seed, kind=cfg.adapter)
+
+def begun(job: Job, stage: int):
+    "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
+    from blip2mgm.adapters import load_projector, read_tensors
+    model = fresh(job.cfg, stage, job.seed)
+    if stage == 2: load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
+    return model
 
 # %% ../nbs/30_train.ipynb #30-train-031
 def batches_of(job: Job, stage: int, rows: list[dict]) -> tuple[list[list[dict]], list[dict]]:
@@ -507,12 +512,9 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
 # %% ../nbs/30_train.ipynb #30-train-054
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
-    from blip2mgm.adapters import attach
     job = next((j for j in jobs if not is_done(j, 2)), None)
     if job is None: return []
-    cfg, model = job.cfg, base_model(job.cfg)[0]
-    for p in model.parameters(): p.requires_grad_(False)
-    attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    cfg, model = job.cfg, fresh(job.cfg, 2, job.seed)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
 # %% ../nbs/30_train.ipynb #30-train-056
@@ -520,11 +522,9 @@ def dry_seconds(job: Job, stage: int) -> float:
     "Seconds that a stage of the job will take, from two steps."
     import tempfile
     import torch
-    from blip2mgm.adapters import attach
     from blip2mgm.forecast import dry_run
     torch.set_num_threads(1)     # as in the processes that train
-    cfg, model = job.cfg, begun(job, 1)
-    if stage == 2: attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, job.seed, kind=cfg.adapter)
+    cfg, model = job.cfg, fresh(job.cfg, stage, job.seed)
     batches, _ = batches_of(job, stage, read_jsonl(job.samples[stage]))
     with tempfile.TemporaryDirectory() as tmp:
         return dry_run(Run(model, batches, open_features(job.features[stage], model), cfg, stage, job.seed, Path(tmp)))["seconds"]
@@ -533,7 +533,7 @@ def memory_of(job: Job) -> dict[str, float]:
     "GiB of a process in stage 2 by use, for as many of the longest samples as it computes at a time."
     from blip2mgm.forecast import Plan, forecast
     from blip2mgm.mgm import original_config
-    cfg, model, rows = job.cfg, begun(job, 1), read_jsonl(job.samples[2])
+    cfg, model, rows = job.cfg, base_model(job.cfg)[0], read_jsonl(job.samples[2])
     longest = max(len(s["input_ids"]) + (model.n_image_tokens - 1)*bool(s["image"]) for s in rows)
     plan = Plan("lora", cfg.precision, min(cfg.micro_batch, cfg.stage2_batch), longest, max(s["n_labels"] for s in rows), cfg.gradient_checkpointing, cfg.lora_r, cached=cfg.feature_cache)
     return forecast(original_config(model), plan)
