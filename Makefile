@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab foundation export readme api package lock clean setup
+.PHONY: help demo test lab foundation export readme api package lock audit clean setup
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +47,9 @@ lock: $(READY) ## resolve requirements.txt anew and write requirements.lock
 	  requirements.txt -o $(VENV)/lock.txt
 	@{ sed -n '/^#/p' requirements.lock; cat $(VENV)/lock.txt; } > $(VENV)/lock.new && mv $(VENV)/lock.new requirements.lock
 	@echo "requirements.lock is up to date; try it with make test"
+
+audit: $(READY) ## ask the package index for known weaknesses of what is installed; fails if it does not answer
+	@$(BIN)/uv tool run -q pip-audit@2.10.1 --strict --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean: ## remove the environment and what Python left behind; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache && find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -209,7 +209,7 @@ def instruction_samples(world: Path, n: int, size: str = "small"):
     "A fresh model (small: the shipped one; middle) with its encoded instruction rows and settings."
     from blip2mgm.samples import encode_rows
     from blip2mgm.data import gate
-    from blip2mgm.train import TrainConfig, base_model
+    from blip2mgm.jobs import TrainConfig, base_model
     cfg = TrainConfig()
     model, tokenizer = base_model(cfg)
     if size == "middle": model = middle_model(tokenizer)
@@ -371,7 +371,7 @@ def answering_way(way: str, world: str, pictures: int, new: int) -> dict:
     import psutil
     from blip2mgm.evaluate import first_pictures
     from blip2mgm.tasks import read_mmbench
-    from blip2mgm.train import TrainConfig, base_model
+    from blip2mgm.jobs import TrainConfig, base_model
     model, tokenizer = base_model(TrainConfig())
     questions, me = first_pictures(read_mmbench(world), pictures), psutil.Process()
     WAYS[way](model, tokenizer, questions[:2], new)                 # warm

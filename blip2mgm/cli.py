@@ -350,12 +350,12 @@ def do_evaluate(args):
     print(f"answers, scores and result files: {show_path(out)}")
 
 def do_check_adapter(args):
-    from blip2mgm.train import check_adapter
+    from blip2mgm.jobs import check_adapter
     print(check_adapter(args.folder))
     print(f"\n{args.folder}: a sound adapter")
 
 def do_merge_adapter(args):
-    from blip2mgm.train import merge_adapter
+    from blip2mgm.jobs import merge_adapter
     print(f"merged into {show_path(merge_adapter(args.folder, args.to))}: `blip2mgm.mgm.load_original` reads it")
 
 def do_clean(args):

@@ -94,7 +94,7 @@ class Model:
 
 def base_of(run: Path) -> tuple[Path, str]:
     "Folder and fingerprint of the base model that the training of this run started from."
-    from blip2mgm.train import TrainConfig, model_folder
+    from blip2mgm.jobs import TrainConfig, model_folder
     said = run/"train"/"config.yaml"
     if not said.is_file(): raise UserError(f"{show_path(run)} holds no training: run the stage train first")
     folder = model_folder(TrainConfig.load(said))
@@ -170,7 +170,7 @@ class Job:
 def answer_each(job: Job) -> Iterator[list[dict]]:
     "Asks one model everything in `job`, storing each batch as it comes; yields the rows stored."
     import torch
-    from blip2mgm.train import FeatureStore
+    from blip2mgm.samples import FeatureStore
     set_threads(1), torch.set_flush_denormal(True)
     m, cfg = job.model, job.cfg
     model = open_trained(resolve(cfg.run), m.arm, m.seed, m.stage, m.identity["weights"])
@@ -296,7 +296,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
 # %% ../nbs/40_evaluate.ipynb #40-evaluate-031
 def moved_answers(cfg: EvaluateConfig, asked: dict, n: int = 60) -> list[dict]:
     "What the first model answers to about `n` questions in 32 and 16 bits, in batches and one by one: how many answers differ from 32 bits one by one."
-    from blip2mgm.train import FeatureStore
+    from blip2mgm.samples import FeatureStore
     first, pictures, look, said = trained_models(cfg)[0], Pictures(), look_up(FeatureStore(resolve(cfg.run)/"evaluate"/"features")), {}
     items = list(items_of(Round(first, first.arm, asked), pictures, {}).values())
     some = [(i.prompt, i.picture, i.letters) for i in items[::max(len(items)//n, 1)]]

@@ -14,12 +14,13 @@ __all__ = ['STAGES', 'PARTS', 'CLAIMS', 'Artefacts', 'check_chain', 'check_again
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 from fastcore.basics import patch
 
 from .core import UserError, file_hash, inside, read_json, read_jsonl, show_path
 from .stage import record_of, result_hash
+from .health import is_spike
 from .formats import caption_of, read_dj
 
 # %% ../nbs/81_findings.ipynb #81-findings-005
@@ -121,9 +122,7 @@ def training_logs(art: Artefacts, arms: list[str]) -> dict[str, dict[int, dict[i
 # %% ../nbs/81_findings.ipynb #81-findings-022
 def _finite(values) -> list[float]: return [v for v in values if isinstance(v, (int, float)) and v == v and abs(v) != float("inf")]
 
-def spikes(losses: list[float], times: float = 2.0, window: int = 10) -> int:
-    "Steps whose loss is above `times` the median of the `window` steps before."
-    return sum(v > times * median(losses[i - window:i]) for i, v in enumerate(losses) if i >= window)
+def spikes(losses: list[float]) -> int: return sum(is_spike(v, losses[:i]) for i, v in enumerate(losses))
 
 def _mean(values): return fmean(values) if values else None
 

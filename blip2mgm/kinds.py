@@ -18,7 +18,8 @@ from .scores import score_matrix
 from .show import Table, show_table
 from .stage import Stage
 from .stats import compare, estimate, points
-from .train import ADAPTERS, TrainConfig, Trained, fresh, steps_of, train
+from .jobs import ADAPTERS, TrainConfig, fresh, steps_of
+from .train import Trained, train
 
 # %% ../nbs/61_kinds.ipynb #61-kinds-006
 @dataclass

@@ -61,7 +61,7 @@ def open_trained(
     "A model that the training of a run left."
     import torch
     from blip2mgm.adapters import to_answer
-    from blip2mgm.train import TrainConfig, load_trained, model_folder
+    from blip2mgm.jobs import TrainConfig, load_trained, model_folder
     model, tokenizer = load_trained(run, arm, seed, stage)
     folder = model_folder(TrainConfig.from_dict(read_yaml(resolve(run)/"train"/"config.yaml")))
     identity = parts_identity(folder, base or tree_hash(folder), trained_files(resolve(run)/"train"/arm/f"seed{seed}", stage), dtype)
@@ -72,7 +72,7 @@ def open_adapter(folder: Path, device: str = "cpu", dtype: str = "float32") -> M
     "An adapter folder as `adapters.save` writes it, on the base that it names."
     import torch
     from blip2mgm.adapters import load, to_answer
-    from blip2mgm.train import TrainConfig, base_model, model_folder
+    from blip2mgm.jobs import TrainConfig, base_model, model_folder
     said = folder.parent.parent/"config.yaml"            # <run>/train/config.yaml of <run>/train/<arm>/seed<k>
     config = read_json(folder/"config.json") if (folder/"config.json").is_file() else {}
     cfg = TrainConfig.from_dict(read_yaml(said)) if said.is_file() else TrainConfig(model=config.get("base", "blip2mgm/weights/mgm"))

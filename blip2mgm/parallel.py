@@ -267,7 +267,7 @@ def follow(parent: int) -> None:
 
 def main(job: str, parent: str) -> None:
     "What each process does."
-    from blip2mgm.train import train_arm
+    from blip2mgm.jobs import train_arm
     follow(int(parent))
     job = json.loads(Path(job).read_text(), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
     torch.set_num_threads(1)

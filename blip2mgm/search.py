@@ -5,10 +5,9 @@
 # %% ../nbs/064_search.ipynb #064-search-003
 from __future__ import annotations
 
-import functools, math, os
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import functools, math
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -18,10 +17,9 @@ from .health import Finding, diagnose
 from .trials import RunConfig, load_data
 
 # %% auto #0
-__all__ = ['START', 'TREE', 'Place', 'run_one', 'log_of', 'worker_pool', 'run_all', 'propose', 'open_study', 'storage',
-           'run_trial', 'search', 'config_of', 'finished', 'importance', 'short', 'Finalist', 'confirm',
-           'finalists_table', 'branch', 'Advice', 'advise', 'follow', 'advice_table', 'plot_runs', 'plot_sensitivity',
-           'plot_cost']
+__all__ = ['START', 'TREE', 'Place', 'run_one', 'log_of', 'run_all', 'propose', 'open_study', 'storage', 'run_trial', 'search',
+           'config_of', 'finished', 'importance', 'short', 'Finalist', 'confirm', 'finalists_table', 'branch', 'Advice',
+           'advise', 'follow', 'advice_table', 'plot_runs', 'plot_sensitivity', 'plot_cost']
 
 # %% ../nbs/064_search.ipynb #064-search-006
 @dataclass(frozen=True)
@@ -73,19 +71,10 @@ def log_of(place: Place, cfg: RunConfig) -> list[dict]:
     return read_jsonl(path) if path.is_file() else []
 
 # %% ../nbs/064_search.ipynb #064-search-009
-def _quiet():
-    "Libraries' notices in a worker go nowhere; its errors come back with its result"
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-def worker_pool(workers: int):
-    "Processes that each keep model and pictures"
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet)
-
-# %% ../nbs/064_search.ipynb #064-search-010
 def run_all(
     place: Place,
     cfgs: Sequence[RunConfig],
-    pool,                     # from `worker_pool`
+    pool,                     # from `workers.worker_pool`
     what: str = "tuning",     # what is being done, for the progress line
     score: bool = False,
 ) -> list[dict]:
@@ -99,10 +88,13 @@ def run_all(
                 done, todo = wait(todo, return_when=FIRST_COMPLETED)
                 for f in done: f.result(); yield f
         for _ in track(finished(), what, len(futures)): pass
-    except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+    except BaseException:
+        pool.stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     return [f.result() for f in futures]
 
-# %% ../nbs/064_search.ipynb #064-search-013
+# %% ../nbs/064_search.ipynb #064-search-012
 def propose(trial, base: RunConfig) -> RunConfig:
     "Settings for a trial; epochs and samples are the base's"
     batch, r = trial.suggest_categorical("batch", [4, 8, 16]), trial.suggest_categorical("r", [2, 4, 8, 16, 32])
@@ -113,7 +105,7 @@ def propose(trial, base: RunConfig) -> RunConfig:
 
 START = {"lr": 2e-4, "r": 8, "alpha/r": 2, "dropout": 0.1, "batch": 4, "warmup share": 0.33, "schedule": "constant", "targets": "both", "kind": "lora"}   # the study's recommendation
 
-# %% ../nbs/064_search.ipynb #064-search-014
+# %% ../nbs/064_search.ipynb #064-search-013
 def open_study(place: Place, base: RunConfig, seed: int = 0):
     "The search's study in its SQLite file; trials that were in hand when it was interrupted are queued again"
     import optuna
@@ -127,10 +119,10 @@ def open_study(place: Place, base: RunConfig, seed: int = 0):
         if t.params: study.enqueue_trial(t.params)
     return study
 
-# %% ../nbs/064_search.ipynb #064-search-015
+# %% ../nbs/064_search.ipynb #064-search-014
 def storage(place: Place) -> str: return f"sqlite:///{Path(place.folder)/'search.db'}"
 
-# %% ../nbs/064_search.ipynb #064-search-016
+# %% ../nbs/064_search.ipynb #064-search-015
 def run_trial(place: Place, name: str, trial_id: int, cfg: RunConfig) -> tuple[str, float]:
     "A trial in a worker: how it ended, and its validation loss"
     import optuna
@@ -143,7 +135,7 @@ def run_trial(place: Place, name: str, trial_id: int, cfg: RunConfig) -> tuple[s
     except optuna.TrialPruned: return "PRUNED", math.nan
     return ("COMPLETE", loss) if loss is not None and math.isfinite(loss) else ("FAIL", math.nan)
 
-# %% ../nbs/064_search.ipynb #064-search-017
+# %% ../nbs/064_search.ipynb #064-search-016
 def search(
     place: Place,
     base: RunConfig,        # what is not searched: epochs, samples, precision, clipping
@@ -169,14 +161,14 @@ def search(
     for _ in track(proceed(), "searching", max(n - have, 0)): pass
     return study
 
-# %% ../nbs/064_search.ipynb #064-search-022
+# %% ../nbs/064_search.ipynb #064-search-021
 def config_of(trial) -> RunConfig: return RunConfig.from_dict(trial.user_attrs["cfg"])
 
 def finished(study) -> list:
     "Trials that ran to their end, best first"
     return sorted((t for t in study.trials if t.state.name == "COMPLETE" and "cfg" in t.user_attrs), key=lambda t: t.value)
 
-# %% ../nbs/064_search.ipynb #064-search-023
+# %% ../nbs/064_search.ipynb #064-search-022
 def importance(study) -> Table:
     "How much each setting decides whether a trial is among the better ones (PED-ANOVA, arXiv 2304.10255)"
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -187,7 +179,7 @@ def short(cfg: RunConfig) -> str:
     "Settings in a line"
     return f"{cfg.kind} r{cfg.r} α{cfg.alpha} on {cfg.targets}, lr {cfg.lr:.2g} {cfg.schedule}, batch {cfg.batch}, warmup {cfg.warmup}, dropout {cfg.dropout:g}"
 
-# %% ../nbs/064_search.ipynb #064-search-026
+# %% ../nbs/064_search.ipynb #064-search-025
 @dataclass
 class Finalist:
     "Settings run again over fresh seeds, with what they won by"
@@ -198,7 +190,7 @@ class Finalist:
     scores: dict                # mean test scores
     seconds: float              # a run, mean
 
-# %% ../nbs/064_search.ipynb #064-search-027
+# %% ../nbs/064_search.ipynb #064-search-026
 def confirm(
     place: Place,
     candidates: Sequence[tuple[RunConfig, float | None]],   # settings with the loss they won by
@@ -215,14 +207,14 @@ def confirm(
         out.append(Finalist(cfg, won_by, [m["validation"] for m in mine], [m["each"] for m in mine], mean, sum(m["seconds"] for m in mine) / len(mine)))
     return out
 
-# %% ../nbs/064_search.ipynb #064-search-028
+# %% ../nbs/064_search.ipynb #064-search-027
 def finalists_table(finalists: Sequence[Finalist]) -> Table:
     "What each won by, and what it is with fresh seeds"
     mean = lambda v: sum(v) / len(v)
     return show_table([{"settings": short(f.cfg), "loss in the search": f.won_by, "mean of fresh seeds": mean(f.validation), "seeds": len(f.validation),
                         "lowest": min(f.validation), "highest": max(f.validation), **f.scores, "seconds a run": f.seconds} for f in finalists])
 
-# %% ../nbs/064_search.ipynb #064-search-030
+# %% ../nbs/064_search.ipynb #064-search-029
 def _raise(c): return replace(c, lr=c.lr * 4) if c.lr < 5e-3 else replace(c, r=c.r * 2, alpha=c.alpha * 2)
 def _lower(c): return replace(c, lr=c.lr / 4, clip=1.0)
 
@@ -234,13 +226,13 @@ TREE = {  # what is found -> what is advised, and the settings that follow it
     "dead LoRA": ("four times the rate (or twice the rank)", _raise),
     "overfitting": ("half the rank, more dropout, stop early", lambda c: replace(c, r=max(1, c.r // 2), alpha=max(1, c.alpha // 2), dropout=max(c.dropout, 0.1), patience=1))}
 
-# %% ../nbs/064_search.ipynb #064-search-031
+# %% ../nbs/064_search.ipynb #064-search-030
 def branch(rows: list[dict], vocabulary: int) -> Finding | None:
     "The branch of the tree that a step log ends in; None if nothing is wrong"
     rows = [r | {"loss": math.nan if r["loss"] is None else r["loss"]} for r in rows]
     return next((f for f in diagnose(rows, vocabulary) if f.name in TREE), None) if rows else None
 
-# %% ../nbs/064_search.ipynb #064-search-034
+# %% ../nbs/064_search.ipynb #064-search-033
 @dataclass
 class Advice:
     "What the tree said of a run, and what came of following it"
@@ -250,7 +242,7 @@ class Advice:
     after: float | None = None   # validation loss with the advice followed, at the same epoch
     epoch: int = 0
 
-# %% ../nbs/064_search.ipynb #064-search-035
+# %% ../nbs/064_search.ipynb #064-search-034
 def advise(place: Place, cfgs: Sequence[RunConfig], vocabulary: int) -> list[Advice]:
     "The tree's word on each run"
     out = []
@@ -259,7 +251,7 @@ def advise(place: Place, cfgs: Sequence[RunConfig], vocabulary: int) -> list[Adv
         out.append(Advice(c, held[-1] if held else None, branch(rows, vocabulary), epoch=max(len(held) - 1, 0)))
     return out
 
-# %% ../nbs/064_search.ipynb #064-search-036
+# %% ../nbs/064_search.ipynb #064-search-035
 def follow(place: Place, advice: list[Advice], most: int, pool) -> list[Advice]:
     "Follows up to `most` pieces of advice a branch, the first ones; notes the loss at the epoch where the advised run stood"
     todo = [a for name in TREE for a in [a for a in advice if a.finding and a.finding.name == name][:most]]
@@ -270,7 +262,7 @@ def follow(place: Place, advice: list[Advice], most: int, pool) -> list[Advice]:
         if held: a.after = held[min(a.epoch, len(held) - 1)]
     return advice
 
-# %% ../nbs/064_search.ipynb #064-search-037
+# %% ../nbs/064_search.ipynb #064-search-036
 def advice_table(advice: Sequence[Advice]) -> Table:
     "By branch: how often, what was advised, how often following it helped"
     rows = []
@@ -283,7 +275,7 @@ def advice_table(advice: Sequence[Advice]) -> Table:
                      "mean fall of the loss": sum(gains) / len(gains) if gains else None})
     return show_table(rows)
 
-# %% ../nbs/064_search.ipynb #064-search-040
+# %% ../nbs/064_search.ipynb #064-search-039
 def plot_runs(logs: dict, keys=("loss", "validation", "grad_norm", "lr")):
     "One row of charts: each quantity over the steps, a line a run; returns the figure"
     import matplotlib.pyplot as plt
@@ -298,7 +290,7 @@ def plot_runs(logs: dict, keys=("loss", "validation", "grad_norm", "lr")):
     plt.close(fig)
     return fig
 
-# %% ../nbs/064_search.ipynb #064-search-041
+# %% ../nbs/064_search.ipynb #064-search-040
 def plot_sensitivity(found: dict, ax):
     "Validation loss over the learning rate, a line a rank: `found` is {rank: [(rate, loss or None)]}; a run that broke down is a cross at the top"
     top = max(l for points in found.values() for _, l in points if l is not None)
@@ -309,7 +301,7 @@ def plot_sensitivity(found: dict, ax):
     ax.set(xlabel="learning rate", ylabel="validation loss"); ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/064_search.ipynb #064-search-042
+# %% ../nbs/064_search.ipynb #064-search-041
 def plot_cost(points: list[tuple[float, float, str]], ax):
     "Validation loss over the seconds a run took, a colour a kind: `points` are (seconds, loss, kind)"
     for kind in dict.fromkeys(k for *_, k in points):

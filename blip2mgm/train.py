@@ -5,129 +5,32 @@
 # %% ../nbs/30_train.ipynb #30-train-003
 from __future__ import annotations
 
-import json, math, sys, time
+import math, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from fastcore.basics import patch
 
-from .core import (Config, ConfigError, UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, read_yaml, resolve,
-                           show_path, tree_hash, weights_dir, write_json, write_jsonl, write_text)
+from .core import UserError, code_hash, digest, file_hash, inside, read_json, read_jsonl, show_path, tree_hash, write_json, write_jsonl
 from .show import Table, show_table, track
 from .stage import Stage, versions
 from .curves import plot_training
 from .health import Finding, diagnose, findings_table, preflight
-from .loop import PRECISIONS, SCHEDULES, Run, clear, computing, newest_sound
-from .samples import FeatureStore, caption_rows, cut_share, encode_rows, group, open_features, picture_features, sample_order
+from .jobs import Job, TrainConfig, base_model, batches_of, events_of, fresh, is_done, model_folder, planned, steps_of, train_arm
+from .loop import Run, computing, newest_sound
+from .samples import caption_rows, cut_share, encode_rows, open_features, picture_features
 from .tracking import tracked
-from .workers import accelerator, worker_pool
+from .workers import worker_pool
 
 # %% auto #0
-__all__ = ['ADAPTERS', 'STAGE1_KEYS', 'STAGE2_KEYS', 'TrainConfig', 'check_zero', 'model_folder', 'base_model', 'fill',
-           'features_fingerprint', 'room', 'make_features', 'Job', 'is_done', 'mark_done', 'steps_of', 'events_of',
-           'planned', 'hold_out', 'peers', 'writes', 'together', 'fresh', 'begun', 'batches_of', 'run_stage', 'stage1',
-           'stage2', 'train_arm', 'close', 'summary', 'readable_log', 'seeds_of', 'arm_files', 'Prepared', 'prepare',
-           'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs', 'run_shared', 'Trained',
-           'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'train', 'finish', 'load_trained',
-           'base_of', 'check_adapter', 'merge_adapter', 'LivePlot', 'mean_sd', 'results_table', 'data_table',
-           'conclusion', 'outlook_table', 'health_table', 'plot_signals']
-
-# %% ../nbs/30_train.ipynb #30-train-006
-@dataclass
-class TrainConfig(Config):
-    "Parameters of the training."
-    run: str = "runs/smoke"  # folder of the run
-    data: str = "pictures/smoke"  # an embedded picture world (pictures/smoke, pictures/demo) or a folder in the same layout
-    model: str = "blip2mgm/weights/mgm"  # folder with gemma, clip and convnext
-    arms: list[str] = field(default_factory=lambda: ["raw", "blip2_filtered", "random", "raw_again"])  # arms to train
-    seeds: int = 2  # seeds of each arm; raw_again takes others: 100, 101, ...
-    step0_seed: int = 0  # of the projector's first weights, the same for all arms and seeds
-    caption_prompt: str = "Provide a one-sentence caption for the provided image."  # what is asked in stage 1
-    max_length: int = 512  # longest sample in tokens, image tokens included
-    stage1_samples: int = 64  # captions an arm sees; an arm with fewer sees some again
-    stage1_batch: int = 32  # captions a step
-    stage1_lr: float = 2.0e-3  # of mining and projector in stage 1
-    stage2_samples: int = 0  # instruction rows seen; 0: each once
-    stage2_batch: int = 32  # instruction rows a step
-    adapter: str = "lora"  # kind of the adapter: lora, rslora, dora, lora+, pissa, adalora, qlora or prefix
-    lora_r: int = 16  # rank of the adapter; of a prefix, keys and values a layer
-    lora_alpha: int = 32  # its scale is alpha / r
-    lora_dropout: float = 0.1  # share of its inputs dropped
-    lora_lr: float = 2.0e-3  # of the adapter in stage 2
-    projector_lr: float = 2.0e-4  # of mining and projector in stage 2
-    warmup: float = 0.03  # share of the steps in which the learning rate rises
-    schedule: str = "cosine"  # of the learning rate after its rise: cosine, linear or constant
-    clip_norm: float = 1.0  # longer gradients are shortened to this
-    grouped: bool = False  # batches of one kind (with or without a picture) and of similar length
-    micro_batch: int = 16  # samples computed at a time; the result does not depend on it
-    feature_cache: bool = True  # what the encoders see is computed once and kept on disk; false: anew for each step
-    precision: str = "fp32"  # of frozen weights and products: fp32, bf16 or fp16; what is trained stays in 32 bits
-    gradient_checkpointing: bool = False  # a third more work for much less memory
-    checkpoint_every: int = 50  # steps from one checkpoint to the next
-    on_bad: str = "stop"  # at a loss or gradient that is not finite: stop, or skip the batch
-    on_spike: str = "rewind"  # at a loss three times that of the steps before: rewind to find its cause, or ignore
-    held_out: int = 0  # instruction rows that are only looked at, whenever a checkpoint is due
-    patience: int = 0  # stage 2 ends when their loss was not lower this many times in a row; 0: never
-    deepspeed: str = ""  # a DeepSpeed file (params/deepspeed holds some): its processes train one adapter together; empty: each trains one of its own
-    tracking: str = ""  # mlflow: the steps go to MLflow as well, to mlflow.db beside the run folder; empty: to their files alone
-    workers: int = 2  # processes, one processor thread each
+__all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'fill', 'features_fingerprint', 'room', 'make_features', 'seeds_of', 'arm_files',
+           'Prepared', 'prepare', 'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs',
+           'run_shared', 'Trained', 'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'train', 'finish',
+           'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'outlook_table', 'health_table',
+           'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-008
-ADAPTERS = ("lora", "rslora", "dora", "lora+", "pissa", "adalora", "qlora", "prefix")
-
-def check_zero(path: str, precision: str, adapter: str) -> None:
-    "Raises ConfigError for a DeepSpeed file that cannot be used."
-    from blip2mgm.parallel import zero_config
-    zero_config(path)
-    if adapter in ("adalora", "qlora", "prefix"): raise ConfigError(f"adapter {adapter} trains in one process: leave deepspeed empty, or take another kind of adapter")
-    if precision == "fp16": raise ConfigError("precision fp16 scales its losses, which DeepSpeed does in another way: with deepspeed, take bf16 or fp32")
-
-# %% ../nbs/30_train.ipynb #30-train-009
-@patch
-def check(self: TrainConfig) -> None:
-    "Raises ConfigError for a value that cannot be."
-    for name in ("seeds", "stage1_samples", "stage1_batch", "stage2_batch", "lora_r", "lora_alpha", "micro_batch", "workers", "max_length", "checkpoint_every"):
-        if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-    for name in ("stage1_lr", "lora_lr", "projector_lr", "clip_norm"):
-        if getattr(self, name) <= 0: raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
-    for name in ("lora_dropout", "warmup"):
-        if not 0 <= getattr(self, name) < 1: raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
-    if not self.arms or len(set(self.arms)) < len(self.arms): raise ConfigError(f"arms must name at least one arm, each once: {self.arms}")
-    choices = dict(schedule=SCHEDULES, precision=PRECISIONS, on_bad=("stop", "skip"), on_spike=("rewind", "ignore"), adapter=ADAPTERS)
-    for name, known in choices.items():
-        if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-    for name in ("held_out", "patience"):
-        if getattr(self, name) < 0: raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
-    if self.tracking not in ("", "mlflow"): raise ConfigError(f"tracking can be mlflow, or empty; not {self.tracking!r}")
-    if self.deepspeed and not self.feature_cache: raise ConfigError("deepspeed needs feature_cache: the encoders are not shared among the processes")
-    if self.deepspeed: check_zero(self.deepspeed, self.precision, self.adapter)
-    if self.patience and not self.held_out: raise ConfigError("patience needs rows to look at: set held_out as well")
-    if self.stage2_samples < 0: raise ConfigError(f"stage2_samples must be 0 (each row once) or more, not {self.stage2_samples}")
-
-# %% ../nbs/30_train.ipynb #30-train-012
-def model_folder(cfg: TrainConfig) -> Path:
-    "The folder with the three trained parts; UserError if one is missing."
-    named = cfg.model.removeprefix("blip2mgm/weights/")
-    folder = weights_dir()/named if named != cfg.model else resolve(cfg.model)
-    for part in ("gemma", "clip", "convnext"):
-        if not (folder/part/"config.json").is_file(): raise UserError(f"{show_path(folder)} holds no {part}: `make foundation` makes the small models")
-    return folder
-
-# %% ../nbs/30_train.ipynb #30-train-013
-def base_model(cfg: TrainConfig):
-    "The model at step 0 and its tokenizer."
-    import torch
-    from transformers import AutoTokenizer
-    from blip2mgm.mgm import from_parts, stage1_parameters
-    folder = model_folder(cfg)
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[cfg.precision]
-    model = from_parts(folder/"gemma", folder/"clip", folder/"convnext", seed=cfg.step0_seed, dtype=dtype, max_length=cfg.max_length)
-    for p in stage1_parameters(model).values(): p.data = p.data.float()
-    model.to(accelerator())
-    return model, AutoTokenizer.from_pretrained(folder/"gemma")
-
-# %% ../nbs/30_train.ipynb #30-train-016
 def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
     "Features of `pictures` into the rows from `start` on; the unit of parallel work."
     import numpy as np
@@ -138,7 +41,7 @@ def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures:
         out.flush()
     return len(pictures)
 
-# %% ../nbs/30_train.ipynb #30-train-017
+# %% ../nbs/30_train.ipynb #30-train-009
 _made = {}
 
 def _model(cfg: TrainConfig):
@@ -147,7 +50,7 @@ def _model(cfg: TrainConfig):
     if key not in _made: _made.clear(); _made[key] = base_model(cfg)[0]
     return _made[key]
 
-# %% ../nbs/30_train.ipynb #30-train-018
+# %% ../nbs/30_train.ipynb #30-train-010
 def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], aspect: str) -> str:
     "Decides whether stored features still hold: encoders, pictures, aspect mode, code."
     base = model_folder(cfg)
@@ -156,7 +59,7 @@ def features_fingerprint(cfg: TrainConfig, root: Path, pictures: Sequence[str], 
 
 
 
-# %% ../nbs/30_train.ipynb #30-train-019
+# %% ../nbs/30_train.ipynb #30-train-011
 def room(folder: Path, size: int) -> str:
     "`size` bytes in words; UserError if the disk has no room for them."
     import shutil
@@ -165,7 +68,7 @@ def room(folder: Path, size: int) -> str:
     if size > free: raise UserError(f"what the encoders see takes {words(size)} in {show_path(folder)}, where {words(free)} are free: make room, or set feature_cache to false")
     return words(size)
 
-# %% ../nbs/30_train.ipynb #30-train-021
+# %% ../nbs/30_train.ipynb #30-train-013
 def make_features(
     cfg: TrainConfig,
     root: Path,                # data folder
@@ -193,191 +96,12 @@ def make_features(
     write_json(folder/"features.json", dict(**about, arrays=list(arrays)))
     return folder
 
-# %% ../nbs/30_train.ipynb #30-train-023
-@dataclass
-class Job:
-    "One arm with one seed."
-    cfg: TrainConfig
-    arm: str
-    seed: int
-    folder: str           # where its results go
-    samples: dict         # stage -> file with the encoded rows
-    features: dict        # stage -> folder with the features
-    fingerprints: dict    # stage -> what decides its result
-    left_out: dict        # stage -> ids of the rows without a label
-
-    def __str__(self): return f"{self.arm} seed {self.seed}"
-    def done_file(self, stage: int) -> Path: return Path(self.folder, "stage1", "done.json") if stage == 1 else Path(self.folder, "done.json")
-
-# %% ../nbs/30_train.ipynb #30-train-024
-def is_done(job: Job, stage: int) -> bool:
-    "Whether this stage was finished with all that decides it unchanged."
-    done = job.done_file(stage)
-    return done.is_file() and read_json(done).get("fingerprint") == job.fingerprints[stage]
-
-def mark_done(job: Job, stage: int, **facts) -> None: write_json(job.done_file(stage), dict(fingerprint=job.fingerprints[stage], **facts))
-
-# %% ../nbs/30_train.ipynb #30-train-025
-def steps_of(job: Job, stage: int) -> list[dict]:
-    "The step log so far; a line that is still being written is left out."
-    path = Path(job.folder, f"stage{stage}", "steps.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-# %% ../nbs/30_train.ipynb #30-train-026
-def events_of(job: Job, stage: int) -> list[dict]:
-    "What happened out of the ordinary: batches left out, spikes and their causes."
-    path = Path(job.folder, f"stage{stage}", "events.jsonl")
-    return read_jsonl(path) if path.is_file() else []
-
-# %% ../nbs/30_train.ipynb #30-train-027
-def planned(job: Job, stage: int, n_rows: int) -> tuple[int, int]:
-    "Samples and steps of a stage."
-    cfg = job.cfg
-    n, size = (cfg.stage1_samples, cfg.stage1_batch) if stage == 1 else (cfg.stage2_samples or n_rows-cfg.held_out, cfg.stage2_batch)
-    return n, math.ceil(n/size)
-
-def hold_out(cfg: TrainConfig, samples: list[dict], stage: int) -> tuple[list[dict], list[dict]]:
-    "Rows to train on and rows only to look at, the latter the same for all arms and seeds."
-    if stage == 1 or not cfg.held_out: return samples, []
-    if cfg.held_out >= len(samples): raise UserError(f"held_out is {cfg.held_out}, and there are only {len(samples)} instruction rows")
-    away = set(sample_order([s["id"] for s in samples], cfg.held_out, "held out"))
-    return [s for i, s in enumerate(samples) if i not in away], [samples[i] for i in sorted(away)]
-
-# %% ../nbs/30_train.ipynb #30-train-029
-def peers():
-    "torch's `distributed` where this process is one of a group that trains together, else None; torch is not imported for it."
-    torch = sys.modules.get("torch")
-    return torch.distributed if torch and torch.distributed.is_initialized() else None
-
-def writes() -> bool: return not peers() or peers().get_rank() == 0
-
-def together() -> None:
-    "Waits for the others of the group, if there is one."
-    if peers(): peers().barrier()
-
-# %% ../nbs/30_train.ipynb #30-train-030
-def fresh(cfg: TrainConfig, stage: int, seed: int = 0):
-    "The model at step 0 with what a stage trains; `seed` is of the adapter's first values."
-    from blip2mgm.adapters import attach
-    from blip2mgm.mgm import stage1_parameters
-    model = base_model(cfg)[0]
-    for p in model.parameters(): p.requires_grad_(False)
-    for p in stage1_parameters(model).values(): p.requires_grad_(True)
-    return model if stage == 1 else attach(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, seed, kind=cfg.adapter)
-
-def begun(job: Job, stage: int):
-    "The model as a stage begins with it: what is trained, and for stage 2 what stage 1 has left."
-    from blip2mgm.adapters import load_projector, read_tensors
-    model = fresh(job.cfg, stage, job.seed)
-    if stage == 2: load_projector(model, read_tensors(Path(job.folder, "stage1"), "projector.safetensors"))
-    return model
-
-# %% ../nbs/30_train.ipynb #30-train-031
-def batches_of(job: Job, stage: int, rows: list[dict]) -> tuple[list[list[dict]], list[dict]]:
-    "The batches of a stage in the order of the job's seed, and the rows held out."
-    cfg, n = job.cfg, planned(job, stage, len(rows))[0]
-    size = cfg.stage1_batch if stage == 1 else cfg.stage2_batch
-    samples, held = hold_out(cfg, rows, stage)
-    order = sample_order([s["id"] for s in samples], n, job.seed, stage)
-    if cfg.grouped: order = group(order, samples, size, job.seed, stage)
-    return [[samples[i] for i in order[k:k+size]] for k in range(0, len(order), size)], held
-
-# %% ../nbs/30_train.ipynb #30-train-032
-def run_stage(job: Job, stage: int) -> tuple:
-    "Trains one stage; returns the trained model and the encoded rows."
-    cfg, rows = job.cfg, read_jsonl(job.samples[stage])
-    if writes(): job.done_file(stage).unlink(missing_ok=True)
-    batches, held = batches_of(job, stage, rows)
-    about = (cfg, stage, job.seed, Path(job.folder, f"stage{stage}"), job.fingerprints[stage], held)
-    if cfg.deepspeed:
-        from blip2mgm.parallel import ZeroRun
-        run = ZeroRun(None, batches, FeatureStore(job.features[stage]), *about, make=lambda: begun(job, stage))
-    else:
-        model = begun(job, stage)
-        run = Run(model, batches, open_features(job.features[stage], model), *about)
-    run.run()
-    return run.model, rows
-
-# %% ../nbs/30_train.ipynb #30-train-033
-def stage1(job: Job) -> None:
-    "Mining and projector on the arm's captions, unless they were trained before."
-    from blip2mgm.adapters import projector_tensors, write_tensors
-    folder = Path(job.folder, "stage1")
-    if is_done(job, 1): return
-    if writes(): job.done_file(2).unlink(missing_ok=True)
-    model, _ = run_stage(job, 1)
-    if writes():
-        write_tensors(folder/"projector.safetensors", projector_tensors(model))
-        mark_done(job, 1)
-        clear(folder)
-    together()
-
-# %% ../nbs/30_train.ipynb #30-train-034
-def stage2(job: Job) -> dict:
-    "The adapter on the instructions; returns the largest difference between trained and reloaded logits."
-    from blip2mgm.adapters import check_round_trip, save
-    from blip2mgm.inputs import collate
-    cfg = job.cfg
-    model, samples = run_stage(job, 2)
-    if not writes(): return {}
-    last = steps_of(job, 2)[-1]
-    facts = {"arm": job.arm, "seed": job.seed, "stage 1": f"{cfg.stage1_samples} captions", "stage 2": f"{last['step']+1} steps",
-             "last loss": f"{last['loss']:.4f}"}
-    save(model, job.folder, base=cfg.model, title=f"MGM adapter: arm {job.arm}, seed {job.seed}", facts=facts)
-    few = samples[:4]
-    batch = dict(**collate(few), features=open_features(job.features[2], model)([s["image"] for s in few]))
-    return check_round_trip(model, job.folder, lambda: base_model(cfg)[0], batch)
-
-# %% ../nbs/30_train.ipynb #30-train-035
-def train_arm(job: dict) -> dict:
-    "Both stages of one arm and seed (a `Job` as a dict); returns its summary, which is also written to result.json."
-    job = Job(**{**job, "cfg": TrainConfig(**job["cfg"])})
-    if is_done(job, 2) and is_done(job, 1): return read_json(Path(job.folder, "result.json"))
-    try:
-        stage1(job)
-        gaps = stage2(job)
-    except UserError as e: raise UserError(f"{job}: {e}") from None
-    return close(job, gaps) if writes() else {}
-
-def close(job: Job, gaps: dict) -> dict:
-    "Writes what is left to write when both stages are done."
-    result = summary(job, gaps)
-    write_text(Path(job.folder, "finetuning.log"), readable_log(job))
-    write_json(Path(job.folder, "result.json"), result)
-    mark_done(job, 2)
-    clear(Path(job.folder, "stage2"))
-    return result
-
-# %% ../nbs/30_train.ipynb #30-train-036
-def summary(job: Job, gaps: dict) -> dict:
-    "What is worth knowing of a finished arm and seed."
-    out = dict(arm=job.arm, seed=job.seed, round_trip=gaps)
-    for stage in (1, 2):
-        rows = steps_of(job, stage)
-        total = lambda key, rows=rows: sum(r[key] for r in rows)
-        last = rows[-max(len(rows)//10, 1):]
-        last_loss = sum(r["loss"]*r["tokens"] for r in last)/total("tokens", last)
-        out[f"stage{stage}"] = dict(steps=len(rows), samples=total("samples"), tokens=total("tokens"), left_out=len(job.left_out[stage]),
-            first_loss=rows[0]["loss"], last_loss=last_loss, largest_grad_norm=max(r["grad_norm"] for r in rows), largest_logit=max(r["largest_logit"] for r in rows),
-            events=len(events_of(job, stage)), findings=[asdict(f) for f in diagnose(rows)])
-    return out
-
-# %% ../nbs/30_train.ipynb #30-train-037
-def readable_log(job: Job) -> str:
-    "The step logs as text."
-    lines = [f"{job}: base {job.cfg.model}", *(f"stage {s}: {len(job.left_out[s])} rows without a label left out {job.left_out[s][:5]}" for s in (1, 2))]
-    for r in steps_of(job, 1) + steps_of(job, 2):
-        lines.append(f"stage {r['stage']} step {r['step']:4d}  loss {r['loss']:.4f}  grad {r['grad_norm']:.3f}  lr {r['lr']:.2e}  "
-                     f"{r['tokens']} tokens  {r['seconds']:.1f} s")
-    return "\n".join(lines) + "\n"
-
-# %% ../nbs/30_train.ipynb #30-train-039
+# %% ../nbs/30_train.ipynb #30-train-015
 def seeds_of(arm: str, n: int) -> list[int]:
     "The seeds of an arm; raw_again differs from raw in nothing else."
     return list(range(100, 100+n)) if arm == "raw_again" else list(range(n))
 
-# %% ../nbs/30_train.ipynb #30-train-041
+# %% ../nbs/30_train.ipynb #30-train-017
 def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     "The captions of each arm; UserError if the enhancement did not make one."
     files = {arm: enhance/"arms"/arm/"captions.jsonl" for arm in cfg.arms}
@@ -386,7 +110,7 @@ def arm_files(cfg: TrainConfig, enhance: Path) -> dict[str, Path]:
     if missing: raise UserError(f"the enhancement made no arm {missing[0]}; it made: {', '.join(made)}")
     return files
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-018
 @dataclass
 class Prepared:
     "What all jobs share: encoded rows and features of both stages."
@@ -397,7 +121,7 @@ class Prepared:
     features: dict = field(default_factory=dict)  # stage -> folder
     cut: dict = field(default_factory=dict)       # arm or "instructions" -> answers cut off in part, mean share that was
 
-# %% ../nbs/30_train.ipynb #30-train-043
+# %% ../nbs/30_train.ipynb #30-train-019
 def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[Prepared, dict]:
     "Encodes the rows of all arms and the instructions; returns also the pictures of both stages."
     from blip2mgm.data import gate
@@ -415,7 +139,7 @@ def prepare(cfg: TrainConfig, root: Path, enhance: Path, folder: Path) -> tuple[
         pictures[2 if name == "instructions" else 1] |= {s["image"] for s in samples if s["image"]}
     return out, pictures
 
-# %% ../nbs/30_train.ipynb #30-train-044
+# %% ../nbs/30_train.ipynb #30-train-020
 STAGE1_KEYS = ("model", "step0_seed", "caption_prompt", "max_length", "stage1_samples", "stage1_batch", "stage1_lr", "warmup", "schedule", "clip_norm", "grouped",
                "micro_batch", "precision", "on_bad", "on_spike", "deepspeed")
 STAGE2_KEYS = STAGE1_KEYS + ("stage2_samples", "stage2_batch", "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_lr", "projector_lr", "held_out", "patience")
@@ -427,7 +151,7 @@ def job_fingerprints(cfg: TrainConfig, arm: str, seed: int, ready: Prepared, sha
     two = [one, {k: said[k] for k in STAGE2_KEYS}, file_hash(ready.samples["instructions"]), seen(2)]
     return {1: digest(one), 2: digest(two)}
 
-# %% ../nbs/30_train.ipynb #30-train-045
+# %% ../nbs/30_train.ipynb #30-train-021
 def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
     "All arms and seeds, seed by seed, so that early results are already a comparison."
     shared = [tree_hash(model_folder(cfg)), code_hash("train"), {k: v for k, v in versions().items() if k in ("torch", "transformers", "peft")}]
@@ -436,7 +160,7 @@ def make_jobs(cfg: TrainConfig, folder: Path, ready: Prepared) -> list[Job]:
                 job_fingerprints(cfg, arm, seeds[arm][k], ready, shared), {1: ready.left_out[arm], 2: ready.left_out["instructions"]})
             for k in range(cfg.seeds) for arm in cfg.arms]
 
-# %% ../nbs/30_train.ipynb #30-train-047
+# %% ../nbs/30_train.ipynb #30-train-023
 def total_steps(jobs: list[Job], ready: Prepared) -> int:
     return sum(planned(j, 1, ready.rows[j.arm])[1] + planned(j, 2, ready.rows["instructions"])[1] for j in jobs)
 
@@ -444,7 +168,7 @@ def steps_taken(job: Job) -> int:
     logs = [Path(job.folder, f"stage{s}", "steps.jsonl") for s in (1, 2)]
     return sum(log.read_bytes().count(b"\n") for log in logs if log.is_file())
 
-# %% ../nbs/30_train.ipynb #30-train-048
+# %% ../nbs/30_train.ipynb #30-train-024
 def watch(running: dict, total: int, draw: Callable | None = None, every: float = 10.0) -> Iterator[int]:
     "Yields once per step taken by the jobs in `running` (future -> job), calling `draw(jobs)` every so often; the first error ends all."
     from concurrent.futures import FIRST_EXCEPTION, wait
@@ -458,10 +182,9 @@ def watch(running: dict, total: int, draw: Callable | None = None, every: float 
         if draw and (time.monotonic() - last > every or not pending): draw(jobs); last = time.monotonic()
         if not pending: break
 
-# %% ../nbs/30_train.ipynb #30-train-049
+# %% ../nbs/30_train.ipynb #30-train-025
 def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) -> list[dict]:
     "Runs what is not done yet; returns the summaries of all, in the order of `jobs`."
-    from blip2mgm.train import train_arm
     todo = [j for j in jobs if not (is_done(j, 1) and is_done(j, 2))]
     for j in todo:
         for s in (1, 2):
@@ -478,7 +201,7 @@ def run_jobs(jobs: list[Job], pool, total: int, draw: Callable | None = None) ->
         raise
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-027
 def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | None = None) -> list[dict]:
     "As `run_jobs`, with all processes at one job at a time."
     import threading
@@ -492,7 +215,7 @@ def run_shared(jobs: list[Job], todo: list[Job], total: int, draw: Callable | No
         pool.shutdown(cancel_futures=True)
     return [read_json(Path(j.folder, "result.json")) for j in jobs]
 
-# %% ../nbs/30_train.ipynb #30-train-053
+# %% ../nbs/30_train.ipynb #30-train-029
 @dataclass
 class Trained:
     "Result of `train`: the jobs with their summaries, and what they shared."
@@ -509,7 +232,7 @@ def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
     for j in jobs: out.setdefault(j.arm, {})[j.seed] = {s: steps_of(j, s) for s in (1, 2)}
     return out
 
-# %% ../nbs/30_train.ipynb #30-train-054
+# %% ../nbs/30_train.ipynb #30-train-030
 def check_first(jobs: list[Job]) -> list[Finding]:
     "What `preflight` finds on the instructions of the first job that is still to be trained; the findings stop nothing."
     job = next((j for j in jobs if not is_done(j, 2)), None)
@@ -517,7 +240,7 @@ def check_first(jobs: list[Job]) -> list[Finding]:
     cfg, model = job.cfg, fresh(job.cfg, 2, job.seed)
     with computing(cfg.precision): return preflight(model, read_jsonl(job.samples[2]), open_features(job.features[2], model), cfg.lora_lr)
 
-# %% ../nbs/30_train.ipynb #30-train-056
+# %% ../nbs/30_train.ipynb #30-train-032
 def dry_seconds(job: Job, stage: int) -> float:
     "Seconds that a stage of the job will take, from two steps."
     import tempfile
@@ -538,7 +261,7 @@ def memory_of(job: Job) -> dict[str, float]:
     plan = Plan("lora", cfg.precision, min(cfg.micro_batch, cfg.stage2_batch), longest, max(s["n_labels"] for s in rows), cfg.gradient_checkpointing, cfg.lora_r, cached=cfg.feature_cache)
     return forecast(original_config(model), plan)
 
-# %% ../nbs/30_train.ipynb #30-train-057
+# %% ../nbs/30_train.ipynb #30-train-033
 def outlook(jobs: list[Job]) -> dict:
     "What the jobs that are left will take, and a word of warning if it is more than the accelerator has; empty if none is left."
     import torch
@@ -551,7 +274,7 @@ def outlook(jobs: list[Job]) -> dict:
     if gib["all"] > 0.9*has: print(f"The accelerator has {has:.1f} GiB: this will hardly fit. Set gradient_checkpointing, or a smaller micro_batch.")
     return dict(trainings=len(todo), minutes=seconds/60, **{f"GiB, {k}": v for k, v in gib.items()})
 
-# %% ../nbs/30_train.ipynb #30-train-058
+# %% ../nbs/30_train.ipynb #30-train-034
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -572,7 +295,7 @@ def train(
     if own: finish(stage, trained)
     return trained
 
-# %% ../nbs/30_train.ipynb #30-train-059
+# %% ../nbs/30_train.ipynb #30-train-035
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -581,52 +304,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-061
-def load_trained(
-    run,              # the run's folder
-    arm: str,
-    seed: int,
-    stage: int = 2,   # 1: the projector of stage 1 alone, without an adapter
-):                    # model in evaluation mode, tokenizer
-    "A trained arm and seed on its base; UserError if it is not there."
-    from blip2mgm.adapters import load, load_projector, read_tensors
-    folder = resolve(run)/"train"
-    if not (folder/"config.yaml").is_file(): raise UserError(f"{show_path(folder)} holds no training: run the stage train first")
-    model, tokenizer = base_model(TrainConfig.from_dict(read_yaml(folder/"config.yaml"), source=show_path(folder/"config.yaml")))
-    place = folder/arm/f"seed{seed}"
-    if not place.is_dir(): raise UserError(f"arm {arm} was not trained with seed {seed} in {show_path(folder)}")
-    if stage == 2: return load(model, place), tokenizer
-    load_projector(model, read_tensors(place/"stage1", "projector.safetensors"))
-    return model, tokenizer
-
-# %% ../nbs/30_train.ipynb #30-train-063
-def base_of(folder) -> tuple[Callable, Path]:
-    "A function that makes the base of a saved adapter afresh, and the folder of its parts."
-    said = read_json(Path(folder)/"config.json") if (Path(folder)/"config.json").is_file() else None
-    if not said or "base" not in said: raise UserError(f"{show_path(folder)} holds no config.json that names a base: it is not a trained adapter")
-    precision = dict(bfloat16="bf16", float16="fp16").get(said.get("torch_dtype"), "fp32")
-    cfg = TrainConfig(model=said["base"], max_length=said["tokenizer_model_max_length"], precision=precision)
-    return (lambda: base_model(cfg)[0]), model_folder(cfg)
-
-# %% ../nbs/30_train.ipynb #30-train-064
-def check_adapter(folder) -> Table:
-    "All checks of a saved adapter; UserError at the first that fails."
-    from blip2mgm.adapters import check_folder
-    return show_table(check_folder(folder, base_of(folder)[0]))
-
-def merge_adapter(folder, to) -> Path:
-    "Base, adapter and projector as one checkpoint in the original's layout, with its tokenizer; the merged model is checked before."
-    import shutil
-    from blip2mgm.adapters import load, merge
-    from blip2mgm.mgm import save_original
-    check_adapter(folder)
-    base, parts = base_of(folder)
-    if Path(to).exists() and any(Path(to).iterdir()): raise UserError(f"{show_path(to)} is not empty: name a new folder")
-    save_original(merge(load(base(), folder)), to)
-    for f in (parts/"gemma").glob("token*"): shutil.copy(f, Path(to)/f.name)
-    return Path(to)
-
-# %% ../nbs/30_train.ipynb #30-train-066
+# %% ../nbs/30_train.ipynb #30-train-037
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -638,14 +316,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-068
+# %% ../nbs/30_train.ipynb #30-train-039
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-070
+# %% ../nbs/30_train.ipynb #30-train-041
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -663,13 +341,13 @@ def __repr__(self: Trained) -> str: return repr(results_table(self))
 @patch
 def _repr_html_(self: Trained) -> str: return results_table(self)._repr_html_()
 
-# %% ../nbs/30_train.ipynb #30-train-071
+# %% ../nbs/30_train.ipynb #30-train-042
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-072
+# %% ../nbs/30_train.ipynb #30-train-043
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -683,7 +361,7 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-080
+# %% ../nbs/30_train.ipynb #30-train-051
 def outlook_table(trained: Trained) -> Table:
     "Expected and measured: minutes and memory of a training."
     logs, before = [steps_of(j, s) for j in trained.jobs for s in (1, 2)], dict(trained.outlook)
@@ -692,14 +370,14 @@ def outlook_table(trained: Trained) -> Table:
     rows += [{"what": k, "expected": v} for k, v in before.items()]
     return show_table([*rows, {"what": "GiB, largest process", "measured": max(r["memory_mib"] for log in logs for r in log)/2**10}])
 
-# %% ../nbs/30_train.ipynb #30-train-090
+# %% ../nbs/30_train.ipynb #30-train-061
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-093
+# %% ../nbs/30_train.ipynb #30-train-064
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

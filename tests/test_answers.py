@@ -54,7 +54,7 @@ def merged(tmp_path_factory):
     from blip2mgm.core import weights_dir
     from blip2mgm.mgm import save_original
     from blip2mgm.world import ensure_world
-    from blip2mgm.train import TrainConfig, base_model
+    from blip2mgm.jobs import TrainConfig, base_model
     root = tmp_path_factory.mktemp("own")
     m, _ = base_model(TrainConfig())
     conv = m.convnext.config

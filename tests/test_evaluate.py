@@ -34,7 +34,7 @@ def make_model(run: Path, arm: str, seed: int, change: float):
     "A model as training leaves it, with an adapter that was moved at random instead of trained."
     import torch
     from blip2mgm import adapters
-    from blip2mgm.train import TrainConfig, base_model
+    from blip2mgm.jobs import TrainConfig, base_model
     model = adapters.attach(base_model(TrainConfig())[0], seed=seed)
     torch.manual_seed(seed)
     for name, p in adapters.trained(model).items():
@@ -44,7 +44,7 @@ def make_model(run: Path, arm: str, seed: int, change: float):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    from blip2mgm.train import TrainConfig
+    from blip2mgm.jobs import TrainConfig
     root = tmp_path_factory.mktemp("world"); run = root/"run"
     make_data(root/"data"); make_model(run, "raw", 0, .05); make_model(run, "blip2_filtered", 0, .2)
     (run/"train"/"config.yaml").write_text(yaml.safe_dump(TrainConfig().to_dict()))

@@ -71,7 +71,7 @@ CARDS = {"24gb": 24, "80gb": 80, "cluster": 80, "offline": 24}  # GB of each car
 @pytest.mark.parametrize("profile", CARDS)
 def test_profile_fits_its_card_by_the_forecast(profile):
     from blip2mgm.forecast import FULL, Plan, forecast
-    from blip2mgm.train import TrainConfig
+    from blip2mgm.jobs import TrainConfig
 
     cfg, said = TrainConfig.load(f"params/{profile}/train.yaml"), FULL | {"image_size_aux": 768}  # MGM-2B
     zero = int(Path(cfg.deepspeed).stem.removeprefix("zero")) if cfg.deepspeed else 0

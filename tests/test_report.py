@@ -25,7 +25,7 @@ from blip2mgm.verdict import plot_scores, plot_verdict, verdict_of
 from blip2mgm.plan import ReportConfig, freeze_plan
 from blip2mgm.runs import compare_runs, history
 from blip2mgm.tasks import Question, majority, mark, summarise
-from blip2mgm.train import TrainConfig
+from blip2mgm.jobs import TrainConfig
 
 RATES = {"raw": 0.45, "blip2_filtered": 0.75, "random": 0.45, "raw_again": 0.45}
 ASKED = ["textvqa", "mmbench"]

@@ -6,7 +6,7 @@ import pytest
 
 from blip2mgm.core import ConfigError, UserError, write_jsonl
 from blip2mgm.tracking import new_rows, tracked
-from blip2mgm.train import TrainConfig
+from blip2mgm.jobs import TrainConfig
 
 
 def job_of(folder, n):

@@ -14,7 +14,8 @@ from blip2mgm.stage import Stage
 from blip2mgm.health import not_finite
 from blip2mgm.loop import gradients, lr_factor, pieces
 from blip2mgm.samples import FeatureStore, count_labels, encode_rows, sample_order
-from blip2mgm.train import TrainConfig, base_model, conclusion, load_trained, results_table, seeds_of, train
+from blip2mgm.jobs import TrainConfig, base_model, load_trained
+from blip2mgm.train import conclusion, results_table, seeds_of, train
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "goldens" / "mgm"
@@ -191,7 +192,8 @@ def test_without_the_feature_cache(run, tmp_path):
     "Looking at the pictures anew in each step gives the same losses, and stores nothing"
     from dataclasses import asdict, replace
 
-    from blip2mgm.train import make_features, train_arm
+    from blip2mgm.jobs import train_arm
+    from blip2mgm.train import make_features
 
     cfg, job = config(run[0], feature_cache=False), run[1].jobs[0]
     pictures = {s: read_json(Path(job.features[s], "features.json"))["pictures"] for s in (1, 2)}
@@ -223,7 +225,8 @@ def alone(run, to, **more):
     "The run's first job once more in this process, with other parameters, into another folder"
     from dataclasses import asdict, replace
 
-    from blip2mgm.train import job_fingerprints, train_arm
+    from blip2mgm.jobs import train_arm
+    from blip2mgm.train import job_fingerprints
 
     job = run[1].jobs[0]
     cfg = config(run[0], **more)
@@ -257,7 +260,7 @@ def test_killed_inside_a_stage(run, tmp_path, steps, monkeypatch):
     from dataclasses import asdict, replace
 
     from blip2mgm import loop
-    from blip2mgm.train import train_arm
+    from blip2mgm.jobs import train_arm
 
     job = replace(run[1].jobs[0], cfg=config(run[0], checkpoint_every=1), folder=str(tmp_path / "train/raw/seed0"))
     taken, step = [], loop.Run.step
@@ -290,7 +293,7 @@ def test_several_processes_give_the_adapter_of_one(run, tmp_path, monkeypatch):
 
     from blip2mgm import loop
     from blip2mgm.parallel import launch
-    from blip2mgm.train import is_done, train_arm
+    from blip2mgm.jobs import is_done, train_arm
 
     shared = json.loads((ROOT / "params/deepspeed/zero3.json").read_text())
     shared["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or tensors as small as these would not be shared out
