@@ -1605,6 +1605,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'blip2mgm.train.Trained.logs': ('train.html#trained.logs', 'blip2mgm/train.py'),
                                 'blip2mgm.train._model': ('train.html#_model', 'blip2mgm/train.py'),
                                 'blip2mgm.train.arm_files': ('train.html#arm_files', 'blip2mgm/train.py'),
+                                'blip2mgm.train.before_training': ('train.html#before_training', 'blip2mgm/train.py'),
                                 'blip2mgm.train.check_first': ('train.html#check_first', 'blip2mgm/train.py'),
                                 'blip2mgm.train.conclusion': ('train.html#conclusion', 'blip2mgm/train.py'),
                                 'blip2mgm.train.data_table': ('train.html#data_table', 'blip2mgm/train.py'),

@@ -26,9 +26,9 @@ from .workers import worker_pool
 # %% auto #0
 __all__ = ['STAGE1_KEYS', 'STAGE2_KEYS', 'fill', 'features_fingerprint', 'room', 'make_features', 'seeds_of', 'arm_files',
            'Prepared', 'prepare', 'job_fingerprints', 'make_jobs', 'total_steps', 'steps_taken', 'watch', 'run_jobs',
-           'run_shared', 'Trained', 'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'train', 'finish',
-           'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'outlook_table', 'health_table',
-           'plot_signals']
+           'run_shared', 'Trained', 'logs_of', 'check_first', 'dry_seconds', 'memory_of', 'outlook', 'before_training',
+           'train', 'finish', 'LivePlot', 'mean_sd', 'results_table', 'data_table', 'conclusion', 'outlook_table',
+           'health_table', 'plot_signals']
 
 # %% ../nbs/30_train.ipynb #30-train-008
 def fill(cfg: dict, root: Path, folder: Path, aspect: str, start: int, pictures: Sequence[str]) -> int:
@@ -222,8 +222,8 @@ class Trained:
     jobs: list[Job]
     results: list[dict]
     ready: Prepared
-    preflight: list[Finding]   # what was found before the training; empty if all was trained before
-    outlook: dict              # what it was expected to take; empty if all was trained before
+    preflight: list[Finding]   # what was found before the training began
+    outlook: dict              # what it was expected to take when it began
     def logs(self) -> dict: return logs_of(self.jobs)
 
 def logs_of(jobs: list[Job]) -> dict[str, dict[int, dict[int, list[dict]]]]:
@@ -275,6 +275,16 @@ def outlook(jobs: list[Job]) -> dict:
     return dict(trainings=len(todo), minutes=seconds/60, **{f"GiB, {k}": v for k, v in gib.items()})
 
 # %% ../nbs/30_train.ipynb #30-train-034
+def before_training(jobs: list[Job], folder: Path) -> tuple[list[Finding], dict]:
+    "`check_first` and `outlook`, once for the same jobs."
+    file, mark = folder/"before.json", digest([j.fingerprints for j in jobs])
+    said = read_json(file) if file.is_file() else {}
+    if said.get("fingerprint") != mark:
+        said = dict(fingerprint=mark, preflight=[asdict(f) for f in check_first(jobs)], outlook=outlook(jobs))
+        write_json(file, said)
+    return [Finding(**f) for f in said["preflight"]], said["outlook"]
+
+# %% ../nbs/30_train.ipynb #30-train-035
 def train(
     cfg: TrainConfig,
     stage: Stage | None = None,       # the open stage, if a notebook has opened it
@@ -289,13 +299,13 @@ def train(
         for k, aspect in ((1, "square"), (2, "pad")):
             ready.features[k] = str(make_features(cfg, stage.root, sorted(pictures[k]), aspect, stage.dir/"features"/aspect, pool))
         jobs = make_jobs(cfg, stage.dir, ready)
-        found, before = check_first(jobs), outlook(jobs)
+        found, before = before_training(jobs, stage.dir)
         results = run_jobs(jobs, pool, total_steps(jobs, ready), draw)
     trained = Trained(jobs, results, ready, found, before)
     if own: finish(stage, trained)
     return trained
 
-# %% ../nbs/30_train.ipynb #30-train-035
+# %% ../nbs/30_train.ipynb #30-train-036
 def finish(stage: Stage, trained: Trained) -> dict:
     "Writes the stage's record."
     files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.safetensors", "config.json", "README.md", "probe.safetensors", "result.json",
@@ -304,7 +314,7 @@ def finish(stage: Stage, trained: Trained) -> dict:
     ready = trained.ready
     return stage.finish(outputs, dict(samples=ready.rows, left_out={k: len(v) for k, v in ready.left_out.items()}, instructions_rejected=ready.rejected))
 
-# %% ../nbs/30_train.ipynb #30-train-037
+# %% ../nbs/30_train.ipynb #30-train-038
 class LivePlot:
     "A figure under the cell that is drawn anew while the training runs; works under papermill as well."
     def __init__(self): self.handle = None
@@ -316,14 +326,14 @@ class LivePlot:
         else: self.handle.update(fig)
         plt.close(fig)
 
-# %% ../nbs/30_train.ipynb #30-train-039
+# %% ../nbs/30_train.ipynb #30-train-040
 def mean_sd(values: Sequence[float]) -> str:
     "Mean and standard deviation over seeds, as text."
     m = sum(values)/len(values)
     sd = math.sqrt(sum((v-m)**2 for v in values)/(len(values)-1)) if len(values) > 1 else None
     return f"{m:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
-# %% ../nbs/30_train.ipynb #30-train-041
+# %% ../nbs/30_train.ipynb #30-train-042
 def results_table(trained: Trained) -> Table:
     "An arm a line: what it saw, and the loss at the end of each stage (mean and standard deviation over seeds)."
     rows = []
@@ -341,13 +351,13 @@ def __repr__(self: Trained) -> str: return repr(results_table(self))
 @patch
 def _repr_html_(self: Trained) -> str: return results_table(self)._repr_html_()
 
-# %% ../nbs/30_train.ipynb #30-train-042
+# %% ../nbs/30_train.ipynb #30-train-043
 def data_table(ready: Prepared) -> Table:
     "What there was to train on: rows with labels, rows left out for want of one, rows the gate refused."
     return show_table([{"rows": name, "to train on": n, "left out, no label": len(ready.left_out[name]), "answers cut": ready.cut[name][0], "share cut": ready.cut[name][1],
                         "refused by the gate": ready.rejected if name == "instructions" else "in stage enhance"} for name, n in ready.rows.items()])
 
-# %% ../nbs/30_train.ipynb #30-train-043
+# %% ../nbs/30_train.ipynb #30-train-044
 def conclusion(trained: Trained) -> str:
     "What happened, in words that the numbers bear out."
     arms = list(dict.fromkeys(r["arm"] for r in trained.results))
@@ -361,7 +371,7 @@ def conclusion(trained: Trained) -> str:
             f"Every adapter answers after loading as it did when trained (largest difference of a logit: {gap:.1e}). "
             "Which arm is better, only the evaluation says.")
 
-# %% ../nbs/30_train.ipynb #30-train-051
+# %% ../nbs/30_train.ipynb #30-train-052
 def outlook_table(trained: Trained) -> Table:
     "Expected and measured: minutes and memory of a training."
     logs, before = [steps_of(j, s) for j in trained.jobs for s in (1, 2)], dict(trained.outlook)
@@ -370,14 +380,14 @@ def outlook_table(trained: Trained) -> Table:
     rows += [{"what": k, "expected": v} for k, v in before.items()]
     return show_table([*rows, {"what": "GiB, largest process", "measured": max(r["memory_mib"] for log in logs for r in log)/2**10}])
 
-# %% ../nbs/30_train.ipynb #30-train-061
+# %% ../nbs/30_train.ipynb #30-train-062
 def health_table(trained: Trained) -> Table:
     "Findings and events of all jobs, a line each."
     rows = [{"arm": j.arm, "seed": j.seed, "stage": s, "found": f.name, "evidence": f.evidence, "next": f.next} for j in trained.jobs for s in (1, 2) for f in diagnose(steps_of(j, s))]
     rows += [{"arm": j.arm, "seed": j.seed, "stage": s, "found": e["name"], "evidence": e["evidence"], "next": e["done"]} for j in trained.jobs for s in (1, 2) for e in events_of(j, s)]
     return show_table(rows) if rows else findings_table([])
 
-# %% ../nbs/30_train.ipynb #30-train-064
+# %% ../nbs/30_train.ipynb #30-train-065
 def plot_signals(rows: list[dict]):
     "Gradient norms and updates by part, and the largest logit, over the steps of a stage; returns the figure."
     import matplotlib.pyplot as plt

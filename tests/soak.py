@@ -22,7 +22,7 @@ import yaml
 
 COMMAND = [str(Path(sys.executable).with_name("blip2mgm")), "run"]
 TOLD = re.compile(r"second|time|start|memory|machine|version|sha|hash|path|file|rate|peak|elapsed|date|cpu|pid|frozen|repeat by|^run$")  # keys whose values tell of the run, not of what was found
-VIEWS = re.compile(r"\.(ipynb|html|log|svg|png|md|part)$|\.lock$|tfevents|\.sqlite|/(trace|monitor|logs?|dj|tables)/")  # pages, logs and stores that show times
+VIEWS = re.compile(r"\.(ipynb|html|log|svg|png|md|part)$|before\.json$|\.lock$|tfevents|\.sqlite|/(trace|monitor|logs?|dj|tables)/")  # pages, logs and stores that show times
 
 
 def stage_now(run: Path, stages=("explore", "enhance", "train", "evaluate", "report")) -> str:

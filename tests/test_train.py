@@ -217,8 +217,9 @@ def test_tensorboard_reads_every_step(run):
 def test_a_second_call_trains_nothing(run):
     times = lambda: {f: f.stat().st_mtime_ns for f in (run[0] / "train").glob("*/seed0/**/*") if f.is_file()}
     before = times()
-    train(config(run[0]))
+    again = train(config(run[0]))
     assert times() == before
+    assert again.outlook == run[1].outlook and again.outlook["trainings"] == len(again.jobs) and again.preflight == run[1].preflight
 
 
 def alone(run, to, **more):
