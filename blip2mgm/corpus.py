@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from fastcore.basics import patch
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 from .lexical import (boilerplate, bootstrap_mean, compression, Diversity, expected_types, hdd, length_stats, mattr,
                               MIN_CHARACTERS, MIN_WORDS, mtld, self_repetition, STOCK, too_short, words)
@@ -101,15 +101,10 @@ def _each(places, ends):
     return n, np.where(n > 0, np.append(places, -1)[so_far - 1], -1)
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-013
-_GAPS = bytes(n for n in range(128) if not chr(n).isalnum() and chr(n) not in "'-")
-
-def _letters(text: str, points, kinds, inside):
+def _letters(text: str, points, inside):
     "The bytes of all words, one after the other, and how many a character takes."
     import numpy as np
-    if points.itemsize == 1:   # deleting what is no word takes a fifth of the time of choosing what is
-        lone, points = np.flatnonzero((kinds & _JOINER > 0) & ~inside), points.copy()
-        points[lone] = ord(" ")
-        return points.tobytes().translate(None, _GAPS), 1
+    if points.itemsize == 1: return (points * inside).tobytes().translate(None, b"\0"), 1   # deleting what is no word takes a fifth of the time of choosing what is
     size = 1 + (points > 0x7f) + (points > 0x7ff) + (points > 0xffff)
     return np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)[np.repeat(inside, size)], size
 
@@ -133,9 +128,9 @@ class _Vocabulary(dict):
         "The numbers of an Arrow array of words."
         import numpy as np
         coded = words.dictionary_encode()
-        numbers = [self[word] for word in coded.dictionary.to_pylist()]
+        numbers = np.fromiter(map(self.__getitem__, coded.dictionary.to_pylist()), np.uint32, len(coded.dictionary))
         places = np.frombuffer(coded.indices.buffers()[1], np.int32, len(words)) if len(words) else []   # Arrow's own `to_numpy` loads pandas
-        return np.array(numbers, np.uint32)[places]
+        return numbers[places]
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-015
 def take_apart(text: str, vocabulary: _Vocabulary):
@@ -149,7 +144,7 @@ def take_apart(text: str, vocabulary: _Vocabulary):
     closes = np.flatnonzero((kinds[:-1] & _STOP > 0) & (kinds[1:] & _SPACE > 0))
     (words, last_word), (closed, last_close) = _each(starts, ends), _each(closes, ends)
     sentences = np.where(words > 0, closed + (last_word > last_close), 0)
-    return vocabulary.number(_as_arrow(*_letters(text, points, kinds, inside), inside, starts, stops)), words, sentences
+    return vocabulary.number(_as_arrow(*_letters(text, points, inside), inside, starts, stops)), words, sentences
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-018
 class Tape:
@@ -205,9 +200,10 @@ def _repetitive(ids, rows, lengths):
     n = len(lengths)
     runs = _mixed(ids, rows, n.bit_length())[inside_one(rows, 3)] if len(ids) > 2 else np.zeros(0, np.uint64)
     runs.sort()
-    same = np.flatnonzero(runs[1:] == runs[:-1])
-    twice = runs[np.union1d(same, same + 1)]
-    again = np.bincount((twice & np.uint64((1 << n.bit_length()) - 1)).astype(np.int64), minlength=n)
+    same, twice = runs[1:] == runs[:-1], np.zeros(len(runs), bool)
+    twice[1:] |= same
+    twice[:-1] |= same
+    again = np.bincount((runs[twice] & np.uint64((1 << n.bit_length()) - 1)).astype(np.int64), minlength=n)
     return again > REPETITIVE * np.maximum(lengths - 2, 0)
 
 def _mixed(ids, rows, bits: int):
@@ -231,17 +227,26 @@ def _fingerprints(ids, lengths):
     return total[starts + lengths] - total[starts]
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-025
-@lru_cache
-def _stock_pattern() -> str: return f"(?P<phrase>{STOCK.pattern})"
+def _by_pattern(text: str):
+    "Which captions in `text` (each ended by \\x1e) hold a stock phrase, and the first one of each that does, both as Arrow arrays."
+    import numpy as np, pyarrow as pa, pyarrow.compute as pc
+    points = _points(text)
+    ends = np.append(0, np.flatnonzero(points == ord(_END)) + 1).astype(np.int32)
+    captions = pc.ascii_lower(pa.Array.from_buffers(pa.string(), len(ends) - 1, [None, pa.py_buffer(ends), pa.py_buffer(points)]))
+    has = pc.match_substring_regex(captions, STOCK.pattern)
+    return has, pc.struct_field(pc.extract_regex(captions.filter(has), f"(?P<phrase>{STOCK.pattern})"), [0])
 
-def _stock_phrases(captions: list[str]):
-    "The first stock phrase of each caption, or null, as an Arrow array. Its patterns take a tenth of the time, but know only ASCII's ends of words."
-    import pyarrow as pa, pyarrow.compute as pc
-    odd = [] if "".join(captions).isascii() else [i for i, c in enumerate(captions) if not c.isascii()]
-    if not odd: return pc.struct_field(pc.extract_regex(pc.ascii_lower(pa.array(captions, pa.string())), _stock_pattern()), [0])
-    plain, phrases = list(captions), {i: boilerplate(captions[i]) or None for i in odd}
-    for i in odd: plain[i] = ""
-    return pa.array([phrases.get(i, phrase) for i, phrase in enumerate(_stock_phrases(plain).to_pylist())], pa.string())
+def _stock_phrases(text: str):
+    "Which captions hold a stock phrase, and how often each is the first. Arrow's patterns take a tenth of the time, but know only ASCII's ends of words."
+    import numpy as np
+    if text.isascii():
+        has, phrases = _by_pattern(text)
+        return np.frombuffer(has.cast("uint8").buffers()[1], bool, len(has)), Counter({found["values"]: found["counts"] for found in phrases.value_counts().to_pylist()})
+    captions = text.split(_END)[:-1]
+    has, phrases = (column.to_pylist() for column in _by_pattern(_END.join([*(c if c.isascii() else "" for c in captions), ""])))
+    phrases = iter(phrases)
+    found = [next(phrases) if there else "" if c.isascii() else boilerplate(c) for there, c in zip(has, captions)]
+    return np.array(found) != "", Counter(filter(None, found))
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-027
 @patch
@@ -255,11 +260,11 @@ def add(self: Corpus, captions: list[str]) -> dict:
     self._learn()
     rows = np.repeat(np.arange(len(words)), words)
     ocr, foreign, characters = _sign_flags(text)
-    phrases = _stock_phrases(captions)
-    for found in phrases.drop_null().value_counts().to_pylist(): self.phrases[found["values"]] += found["counts"]
+    stock, phrases = _stock_phrases(text)
+    self.phrases.update(phrases)
     return self._count(ids, {
         "words": words, "characters": characters, "sentences": sentences,
-        "too_short": (words < MIN_WORDS) | (characters < MIN_CHARACTERS), "boilerplate": np.array(phrases.is_valid().to_pylist()),
+        "too_short": (words < MIN_WORDS) | (characters < MIN_CHARACTERS), "boilerplate": stock,
         "repetitive": _repetitive(ids, rows, words), "ocr_like": ocr, "non_latin": foreign})
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-028
@@ -267,13 +272,19 @@ def add(self: Corpus, captions: list[str]) -> dict:
 def _count(self: Corpus, ids, found: dict) -> dict:
     "Adds up what one batch holds, and returns what was found of each caption."
     for name in FLAGS: self.flags[name] += int(found[name].sum())
-    for name in ("words", "characters", "sentences"): getattr(self, name).update(found[name].tolist())
+    for name in ("words", "characters", "sentences"): getattr(self, name).update(_times(found[name]))
     self._grow(ids, found["words"])
     self.ids.add(ids)
     self.lengths.add(found["words"])
     self.hashes.add(_fingerprints(ids, found["words"]))
     self.captions += len(found["words"])
     return found
+
+def _times(numbers) -> dict[int, int]:
+    "How often each number occurs."
+    import numpy as np
+    values, times = np.unique(numbers, return_counts=True)
+    return dict(zip(values.tolist(), times.tolist()))
 
 @patch
 def _grow(self: Corpus, ids, lengths, step: int = 1000):
@@ -335,15 +346,21 @@ def _measure(name: str, ids, rows, vocabulary: list[str]) -> float:
     if name == "mattr": return mattr(ids, 50)
     if name == "mtld": return mtld(ids)
     if name == "hdd": return hdd(ids.tolist())
-    if name == "self_repetition": return self_repetition(gram_keys(ids, 4)[inside_one(rows, 4)].tolist()) if len(ids) > 3 else 0.0
+    if name == "self_repetition": return self_repetition(gram_keys(ids, 4)[inside_one(rows, 4)]) if len(ids) > 3 else 0.0
     breaks = [" " if same else "\n" for same in (rows[1:] == rows[:-1]).tolist()] + ["\n"]
-    return compression("".join(vocabulary[i] + end for i, end in zip(ids.tolist(), breaks)))
+    return compression("".join(chain.from_iterable(zip(map(vocabulary.__getitem__, ids.tolist()), breaks))))
+
+def _different(numbers) -> int:
+    "How many different numbers an array holds; it is sorted in place, which takes a third of the memory of numpy's `unique`."
+    import numpy as np
+    numbers.sort()
+    return len(numbers) and 1 + int(np.count_nonzero(numbers[1:] != numbers[:-1]))
 
 def _distinct(ids, rows, n: int, budget: int, most: int) -> list[float]:
     "Different runs of `n` words per run in each full block of `budget` runs."
     import numpy as np
     keys = gram_keys(ids, n)[inside_one(rows, n)] if len(ids) >= n else ids[:0]
-    return [len(np.unique(keys[i:i + budget])) / budget for i in range(0, min(len(keys) - budget, (most - 1) * budget) + 1, budget)]
+    return [_different(keys[i:i + budget]) / budget for i in range(0, min(len(keys) - budget, (most - 1) * budget) + 1, budget)]
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-038
 @patch
@@ -413,19 +430,20 @@ def _gram_codes(self: Corpus, n: int) -> Iterator:
     import numpy as np
     for ids, rows in _slices(self):
         if len(ids) < n: continue
-        keys = np.zeros(len(ids) - n + 1, np.uint64)
-        for k in range(n): keys = keys << np.uint64(21) | ids[k:len(keys) + k]
-        known = ids < 1 << 21
-        yield keys[inside_one(rows, n) & np.logical_and.reduce([known[k:len(keys) + k] for k in range(n)])]
+        keys = ids[:len(ids) - n + 1].astype(np.uint64)
+        for k in range(1, n): keys = keys << np.uint64(21) | ids[k:len(keys) + k]
+        fit = inside_one(rows, n)
+        if len(self.vocabulary.words) > 1 << 21: fit &= np.logical_and.reduce([ids[k:len(keys) + k] < 1 << 21 for k in range(n)])
+        yield keys[fit]
 
 def _dealt(codes: Iterator, parts: int) -> Iterator:
-    "All codes in `parts` arrays, equal ones in the same."
+    "All codes in `parts` arrays (256 at the most), equal ones in the same."
     import tempfile, numpy as np
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(prefix="runs")) for _ in range(parts)]
         for keys in codes:
             part = (keys * np.uint64(_mix) >> np.uint64(40)).astype(np.uint32) % parts
-            order = np.argsort(part.astype(np.uint16), kind="stable")
+            order = np.argsort(part.astype(np.uint8), kind="stable")
             ends = np.bincount(part, minlength=parts).cumsum()
             for file, some in zip(files, np.split(keys[order], ends[:-1])): file.write(some.tobytes())
         for file in files:
@@ -441,7 +459,8 @@ def top_grams(self: Corpus, n: int, top: int = 30, room: int = 1 << 18) -> dict:
     for keys in _dealt(_gram_codes(self, n), parts):
         keys, times = np.unique(keys, return_counts=True)
         total, distinct = total + int(times.sum()), distinct + len(keys)
-        for i in np.argsort(-times, kind="stable")[:top]: best[int(keys[i])] = int(times[i])
+        often = np.flatnonzero(times >= np.partition(times, -top)[-top]) if len(times) > top else np.arange(len(times))
+        for i in often[np.argsort(-times[often], kind="stable")[:top]]: best[int(keys[i])] = int(times[i])
     spelled = lambda key: " ".join(self.vocabulary.words[key >> 21 * k & 0x1fffff] for k in range(n - 1, -1, -1))
     return {"runs": total, "different": distinct, "most_frequent": [(spelled(key), times) for key, times in best.most_common(top)]}
 
@@ -452,73 +471,68 @@ def _hashed(ids):
     x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     return x ^ x >> np.uint64(31)
 
-def _by_place(lengths):
-    "The places of all captions' first words, then of all second ones and so on, how many there are of each, and the order of captions (longest first)."
+def hash_tables(words: int, bands: int):
+    "What each of four hash functions a band says of each of the words: a row of numbers of 32 bits for each word."
     import numpy as np
-    starts, order = np.cumsum(lengths) - lengths, np.argsort(-lengths, kind="stable")
-    counts = np.searchsorted(-lengths[order], -np.arange(lengths.max(initial=0)), side="left")
-    return np.concatenate([np.zeros(0, np.int64), *(starts[order[:n]] + k for k, n in enumerate(counts))]), counts, order
-
-def _least(numbers, counts, order):
-    "Each caption's least number, of numbers in the order of `_by_place`: a fifth of the time of going through caption by caption."
-    import numpy as np
-    out, so_far, at = np.empty(len(order), numbers.dtype), numbers[:len(order)].copy(), len(order)
-    for n in counts[1:]:
-        np.minimum(so_far[:n], numbers[at:at + n], out=so_far[:n])
-        at += n
-    out[order] = so_far
+    hashed, out = _hashed(np.arange(words)), np.empty((words, 4 * bands), np.uint32)
+    for k in range(4 * bands): out[:, k] = (hashed ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix) >> np.uint64(32)
     return out
 
-def hash_tables(words: int, bands: int) -> list:
-    "For each of four hash functions a band, what it says of each of the words: 32 bits."
+def _by_place(ids, lengths) -> tuple:
+    "The order of captions with words, longest first, and their first words, then the second words of those that have two, and so on."
     import numpy as np
-    hashed, high = _hashed(np.arange(words)), np.uint64(32)
-    return [((hashed ^ np.uint64((k + 1) * 0x94D049BB133111EB & (1 << 64) - 1)) * np.uint64(_mix) >> high).astype(np.uint32) for k in range(4 * bands)]
+    order = np.argsort(-lengths, kind="stable")[:np.count_nonzero(lengths)]
+    starts, counts = (np.cumsum(lengths) - lengths)[order], np.searchsorted(-lengths[order], -np.arange(1, lengths.max(initial=0)))
+    return order, [ids[starts].astype(np.intp), *(ids[starts[:n] + k].astype(np.intp) for k, n in enumerate(counts, 1))]
 
-def minhash_keys(ids, lengths, tables: list) -> Iterator:
-    "For each band one key of 32 bits a caption, equal for captions whose word sets agree under the band's four hash functions."
-    import numpy as np
-    full = lengths > 0
-    places, *laid = _by_place(lengths[full])
-    ids = ids[places].astype(np.intp)
-    for band in range(0, len(tables), 4):
-        keys, key = np.zeros(len(lengths), np.uint64), np.uint64(0)
-        for table in tables[band:band + 4]: key = (key ^ _least(table.take(ids), *laid)) * np.uint64(0x165667B19E3779F9)
-        keys[full] = key
-        yield (keys >> np.uint64(32)).astype(np.uint32)
+def _over_words(how, words: list, table):
+    "What `how` makes of the rows of a table that each caption's words have; by place, as numpy is slow at going caption by caption."
+    found = table.take(words[0], axis=0)
+    for some in words[1:]: how(found[:len(some)], table.take(some, axis=0), out=found[:len(some)])
+    return found
 
-def _bitmaps(words, lengths):
-    "Each caption's words as marks in 64 bits."
+def minhash_keys(words: list, table):
+    "For each caption a key of 32 bits a band, equal for captions whose word sets agree under the band's four hash functions."
     import numpy as np
-    marks, out, full = np.uint64(1) << (words >> np.uint64(58)), np.zeros(len(lengths), np.uint64), lengths > 0
-    if full.any(): out[full] = np.bitwise_or.reduceat(marks, (np.cumsum(lengths) - lengths)[full])
+    least, mixed = _over_words(np.minimum, words, table), np.uint64(0)
+    for k in range(4): mixed = (mixed ^ least[:, k::4]) * np.uint64(0x165667B19E3779F9)
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+def _spread(found, order, n: int):
+    "What was found of captions in some order, for each of `n` captions in their own order; 0 for those without words."
+    import numpy as np
+    out = np.zeros((n, *found.shape[1:]), found.dtype)
+    out[order] = found
     return out
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-053
 def _keys(self: Corpus, bands: int) -> tuple[list[Tape], Tape]:
-    "A tape of keys for each band, and one of bitmaps: a number for each caption."
+    "A tape of keys for each band, and one of bitmaps with a mark for each word: a number for each caption."
     import numpy as np
-    tapes, marks, tables = [Tape("uint32") for _ in range(bands)], Tape("uint64"), hash_tables(len(self.vocabulary.words), bands)
-    for (ids, _), first in zip(_slices(self, 5000), range(0, self.captions, 5000)):
-        lengths = self.lengths.read(first, min(first + 5000, self.captions)).astype(np.int64)
-        marks.add(_bitmaps(_hashed(ids), lengths))
-        for tape, keys in zip(tapes, minhash_keys(ids, lengths, tables)): tape.add(keys)
+    tapes, marks, words = [Tape("uint32") for _ in range(bands)], Tape("uint64"), len(self.vocabulary.words)
+    table, bits = hash_tables(words, bands), _bits(words)
+    for (ids, _), first in zip(_slices(self, 10_000), range(0, self.captions, 10_000)):
+        lengths = self.lengths.read(first, min(first + 10_000, self.captions)).astype(np.int64)
+        order, by_place = _by_place(ids, lengths)
+        marks.add(_spread(_over_words(np.bitwise_or, by_place, bits), order, len(lengths)))
+        for tape, keys in zip(tapes, _spread(minhash_keys(by_place, table), order, len(lengths)).T): tape.add(keys)
     return tapes, marks
 
-def _may_overlap(x: tuple, y: tuple, overlap: float):
-    "Which pairs of (bitmap, number of words) can reach the overlap: each bit that differs is a word that only one of them has."
+def _bits(words: int):
+    "For each of the words one bit of 64."
     import numpy as np
-    (a, m), (b, n) = x, y
-    return np.bitwise_count(a ^ b) <= (m + n).astype(float) * (1 - overlap) / (1 + overlap) + 1e-9
+    return np.uint64(1) << (_hashed(np.arange(words)) >> np.uint64(58))
+
+def _reach(lengths, overlap: float):
+    "Half of how many words two captions that reach the overlap may differ in, for each caption; the sum for both is compared. Each bit that differs in their bitmaps is such a word."
+    return (lengths * (1 - overlap) / (1 + overlap) + 1e-4).astype("float32")
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-056
-def _cells(corpus: Corpus, rows, offsets):
-    "The word set of each of the captions `rows`, as (place in `rows`, word) packed in one number."
+def _cells(corpus: Corpus, rows, offsets, side: int):
+    "The words of each of the captions `rows`, as (place in `rows`, word, side) packed in one number."
     import numpy as np
     words, lengths = _words_of(corpus, rows, offsets)
-    cells = np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(32) | words
-    cells.sort()
-    return cells[np.r_[True, cells[1:] != cells[:-1]]] if len(cells) else cells   # numpy's own `unique` takes ten times as long
+    return np.repeat(np.arange(len(rows), dtype=np.uint64), lengths) << np.uint64(33) | words.astype(np.uint64) << np.uint64(1) | np.uint64(side)
 
 def overlaps(
     a: Corpus,
@@ -533,32 +547,36 @@ def overlaps(
     if not len(pairs): return np.zeros(0)
     out, of_a, of_b = [], _offsets(a) if of_a is None else of_a, _offsets(b) if of_b is None else of_b
     for some in (pairs[i:i + batch] for i in range(0, len(pairs), batch)):
-        x, y = _cells(a, some[:, 0], of_a), _cells(b, some[:, 1], of_b)
-        count = lambda cells: np.bincount((cells >> np.uint64(32)).astype(np.int64), minlength=len(some))
-        both = count(np.intersect1d(x, y, assume_unique=True))
-        out.append(both / np.maximum(count(x) + count(y) - both, 1))
+        cells = np.concatenate([_cells(a, some[:, 0], of_a, 0), _cells(b, some[:, 1], of_b, 1)])
+        cells.sort()
+        place = (cells >> np.uint64(33)).astype(np.int64)
+        step = cells ^ np.append(~cells[:1], cells[:-1])   # 0: the same again, 1: the same word on the other side, more: another word
+        both, either = (np.bincount(place[there], minlength=len(some)) for there in (step == 1, step > 1))
+        out.append(both / np.maximum(either, 1))
     return np.concatenate(out)
 
 # %% ../nbs/03_corpus.ipynb #03-corpus-057
-def _parts(keys, room: int = 1 << 18) -> Iterator:
+def _parts(keys, room: int = 1 << 17) -> Iterator:
     "The places of all keys in parts of about `room`, equal keys in the same, each part in order."
     import numpy as np
     n = len(keys) // room + 1
-    for part in range(n): yield np.flatnonzero(keys % keys.dtype.type(n) == part) if n > 1 else np.arange(len(keys))
+    part = keys % keys.dtype.type(n)
+    for k in range(n): yield np.flatnonzero(part == k)
 
 def neighbours(keys) -> Iterator[tuple]:
-    "Pairs (a, b) of places with one key, a before b: each with the one before it in the line of its key, then with the first of that line."
+    "Pairs of places with one key, the earlier first: each with the one before it in the line of its key, then with the first of that line. Given as places in a line, which comes with them."
     import numpy as np
     for places in _parts(keys):
         packed = keys[places].astype(np.uint64) << np.uint64(32) | np.arange(len(places), dtype=np.uint64)
         packed.sort()
-        rows, line = places[(packed & np.uint64(0xffffffff)).astype(np.int64)], packed >> np.uint64(32)
-        same = np.flatnonzero(line[1:] == line[:-1]) + 1
-        first = np.arange(len(line))
-        first[same] = 0
-        first = np.maximum.accumulate(first)[same]
-        far = first != same - 1
-        for ahead, here in ((same - 1, same), (first[far], same[far])): yield rows[ahead], rows[here]
+        same = packed[1:] >> np.uint64(32) == packed[:-1] >> np.uint64(32)
+        shared = np.append(same, False) | np.append(False, same)   # keys that more than one has
+        line, same = places[(packed[shared] & np.uint64(0xffffffff)).astype(np.int64)], np.append(False, same)[shared]
+        here, first = np.flatnonzero(same), np.arange(len(line))
+        first[here] = 0
+        first = np.maximum.accumulate(first)[here]
+        far = np.flatnonzero(first != here - 1)
+        for ahead, behind in ((here - 1, here), (first[far], here[far])): yield line, ahead, behind
 
 def join(groups, pairs):
     "Groups, each named by its lowest row, after joining those of each pair."
@@ -586,6 +604,25 @@ def _same_words(hashes, lengths):
     groups[lengths == 0] = np.flatnonzero(lengths == 0)
     return groups
 
+def _candidates(tapes: list[Tape], lone, marks, lengths, overlap: float) -> Iterator:
+    "Pairs of the captions `lone` that share a key and may overlap, each packed in one number."
+    import numpy as np
+    for tape in tapes:
+        for line, a, b in neighbours(tape.read()[lone]):
+            rows = lone[line]
+            bits, apart = marks[rows], _reach(lengths[rows], overlap)
+            near = np.flatnonzero(np.bitwise_count(bits[a] ^ bits[b]) <= apart[a] + apart[b])
+            yield rows[a[near]].astype(np.uint64) << np.uint64(32) | rows[b[near]]
+
+def _lots(arrays: Iterator, room: int = 1 << 18) -> Iterator:
+    "Small arrays made to larger ones of about `room` numbers, as far as they go."
+    import numpy as np
+    held = []
+    for some in arrays:
+        held.append(some)
+        if sum(map(len, held)) > room: yield np.concatenate(held); held = []
+    if held: yield np.concatenate(held)
+
 @patch
 def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8):
     "For each caption the first row of its group; a group is linked by overlaps of at least `overlap`. Captions without words stay alone."
@@ -594,13 +631,11 @@ def near_duplicates(self: Corpus, overlap: float = 0.8, bands: int = 8):
     groups = _same_words(self.hashes.read(), lengths)
     lone = np.flatnonzero((groups == np.arange(len(groups), dtype=groups.dtype)) & (lengths > 0)).astype(groups.dtype)
     tapes, marks = _keys(self, bands if len(lone) > 1 else 0)
-    marks, at = marks.read(), _offsets(self)
-    for tape in tapes:
-        for a, b in neighbours(tape.read()[lone]):
-            a, b = lone[a], lone[b]
-            near = (groups[a] != groups[b]) & _may_overlap((marks[a], lengths[a]), (marks[b], lengths[b]), overlap)
-            pairs = np.stack([a[near], b[near]], 1).astype(np.int64)
-            groups = join(groups, pairs[overlaps(self, self, pairs, at, at) >= overlap])
+    at = _offsets(self)
+    for packed in map(np.unique, _lots(_candidates(tapes, lone, marks.read(), lengths, overlap))):
+        pairs = np.stack([packed >> np.uint64(32), packed & np.uint64(0xffffffff)], 1).astype(np.int64)
+        pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
+        groups = join(groups, pairs[overlaps(self, self, pairs, at, at) >= overlap])
     return groups
 
 def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> list[tuple[int, int, float]]:
@@ -633,12 +668,6 @@ def describe_corpus(
         "sentences": length_stats(corpus.sentences), "tokens": tokens, "types": types, "type_token_ratio": types / tokens if tokens else 0.0,
         "diversity": {name: vars(d) if d else None for name, d in corpus.diverse(budget, seed=seed, most=100).items()},
         "unique_captions": _different(corpus.hashes.read()) / n, **{name: corpus.flags[name] / n for name in FLAGS}}
-
-def _different(numbers) -> int:
-    "How many different numbers an array holds; it is sorted in place, which takes a third of the memory of numpy's `unique`."
-    import numpy as np
-    numbers.sort()
-    return len(numbers) and 1 + int(np.count_nonzero(numbers[1:] != numbers[:-1]))
 
 def describe(
     captions: list[str],

@@ -146,12 +146,17 @@ def strict_pillow():
     finally: ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
 # %% ../nbs/02_data.ipynb #02-data-021
-_starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6",
-           b"\0\0\0\x0cjP  ", b"\xffO\xffQ")
+_starts = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{12}.\0\0\0|II[*+]\0|MM\0[*+]|P[1-6]\s+[#\d]|RIFF.{4}WEBP|.{4}ftypavi[fs]|\0\0\0\x0cjP  |\xffO\xffQ", re.DOTALL)
+_others = {"a web page": rb"\s*<(!doctype html|html)", "a drawing or data in XML": rb"\s*<(\?xml|svg)", "a PDF": rb"%PDF", "a pointer of Git LFS, its content was not fetched": rb"version https://git-lfs",
+           "a HEIC photograph, to be saved as JPEG": rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", "a zip archive": rb"PK\x03\x04", "a video": rb".{4}ftyp|\x1aE\xdf\xa3"}
 
 def looks_like_image(head: bytes) -> bool:
     "Whether the first bytes of a file are those of a picture."
-    return head.startswith(_starts) or head[:4] == b"RIFF" and head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
+    return bool(_starts.match(head))
+
+def _no_image(head: bytes) -> Bad:
+    "What to say of a file that is no picture, with what it is instead if its first bytes show it."
+    return Bad("not an image", next((what for what, start in _others.items() if re.match(start, head.removeprefix(b"\xef\xbb\xbf"), re.DOTALL | re.IGNORECASE)), ""))
 
 def _has_end(data: bytes) -> bool:
     "Whether a file that ends with a mark in its format has it: for JPEG after the last scan begins."
@@ -179,9 +184,10 @@ class Picture(NamedTuple):
     format: str
     mode: str
     bytes: int
-    brightness: float = float("nan")   # this and the next two where they were asked for: mean grey, 0 to 255
+    brightness: float = float("nan")   # this and the next three where they were asked for: mean grey, 0 to 255
     sharpness: float = float("nan")
     hash: int = 0   # perceptual hash, 64 bits
+    thumbnail: str = "A" * 576   # 12 x 12 pixels in RGB, as base64; black where it was not asked for
 
 def _first_look(im, size: int, max_pixels: int) -> Picture:
     "What the header says; width and height as people see the picture, upright. Raises Bad if it would unpack to too much."
@@ -194,10 +200,10 @@ def _first_look(im, size: int, max_pixels: int) -> Picture:
 def decode(
     data: bytes,  # the whole file
     max_pixels: int = MAX_PIXELS,  # refuse a picture that would unpack to more
-    measure: Callable | None = None,  # gives brightness, sharpness and hash of the decoded image
+    measure: Callable | None = None,  # gives brightness, sharpness, hash and thumbnail of the decoded image
 ) -> Picture:
     "Decodes every pixel of a picture; raises Bad if it is none, too large, truncated or damaged."
-    if not looks_like_image(data[:32]): raise Bad("not an image")
+    if not looks_like_image(data[:32]): raise _no_image(data[:32])
     try:
         with _open(data) as im:
             seen = _first_look(im, len(data), max_pixels)
@@ -250,7 +256,7 @@ def header(
 ) -> Picture:
     "What a picture's first 16 kB say of it (the whole file, if its header is longer); raises Bad as far as they show it."
     data, size = (file, len(file)) if isinstance(file, bytes) else _head(file)
-    if not looks_like_image(data[:32]): raise Bad("not an image")
+    if not looks_like_image(data[:32]): raise _no_image(data[:32])
     if data[0] == 0xff and (seen := _plain_jpeg(data, size)) and seen.width * seen.height <= max_pixels: return seen
     try:
         with _open(data) as im: return _first_look(im, size, max_pixels)
@@ -316,19 +322,22 @@ def _rows_of(source: str | Path | Iterable) -> Iterator[tuple[object, str]]:
     return ((row, "") for row in source)
 
 # %% ../nbs/02_data.ipynb #02-data-039
-_base64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-_base64_starts = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+_base64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
+_base64_starts = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+
+_urlsafe = str.maketrans("-_", "+/")   # the spelling of base64 for addresses
 
 def embedded(image: object) -> tuple[object, bytes | None]:
     "A picture as a row gives it: its path, or its bytes if the row holds the picture itself (bytes, base64 or {bytes, path})."
     import base64
-    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
+    if isinstance(image, dict) and (not image or image.keys() & {"bytes", "path"}):
         return (image.get("path"), None) if image.get("bytes") is None else embedded(image["bytes"])
     if isinstance(image, (bytes, bytearray)): return None, bytes(image)
-    if not isinstance(image, str) or not image.startswith(("data:", *_base64_starts)): return image, None
-    text = image.partition(",")[2] if image.startswith("data:") else image
-    if not image.startswith("data:") and not _base64.fullmatch(text): return image, None
-    try: return None, base64.b64decode("".join(text.split()), validate=True)
+    if not isinstance(image, str) or not (address := image[:5].lower() == "data:") and not image.startswith(_base64_starts): return image, None
+    text = image.partition(",")[2] if address else image
+    if not address and not _base64.fullmatch(text): return image, None
+    text = "".join(text.split()).translate(_urlsafe)
+    try: return None, base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as e: raise Bad("bad base64", brief(str(e))) from None
 
 # %% ../nbs/02_data.ipynb #02-data-041

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .core import Config, ConfigError, UserError
 from .show import Gallery, show_table, Table
 from .data import MAX_PIXELS, Root, embedded, locate, open_picture
+from .formats import as_row
 from .lexical import MIN_CHARACTERS, MIN_WORDS
 from .corpus import FLAGS, MEASURES, RULES, Corpus
 from .survey import SHOWN, SIZES, Exploration, Pictures, analyse, explore, rows_at
@@ -38,7 +39,7 @@ class ExploreConfig(Config):
     depth: str = "full"  # full decodes every picture; shape reads only their headers; text does not open them
     sample: int = 0  # look at so many rows drawn by chance; 0 looks at all
     held_out: bool = True  # compare with the evaluation sets in the data folder (leakage)
-    near: int = 4  # bits of 64 in which the fingerprints of near-duplicate pictures may differ
+    near: int = 4  # bits of 64 in which the fingerprints of near-duplicate pictures may differ (their thumbnails must be alike too)
     overlap: float = 0.8  # overlap of the word sets from which captions are near-duplicates
     workers: int = 0  # processes that look at pictures; 0 uses every core
     max_pixels: int = MAX_PIXELS  # a picture with more pixels is refused as a decompression bomb
@@ -97,11 +98,15 @@ def _about(stats: dict, of: int | None, digits: int = 2) -> str:
     shown = f"{stats['mean']:,.{digits}f} ± {stats['sd']:,.{digits}f}"
     return shown + (" [{:,.{d}f}, {:,.{d}f}]".format(*mean_interval(stats, of), d=digits) if of else "")
 
+def _rule(pictures: dict) -> str:
+    "When pictures count as alike."
+    return f"fingerprints within {pictures['bits']} bits of 64, thumbnails within {pictures['apart']} of 255"
+
 def _similar_rows(a: dict) -> dict[str, str]:
     "The rows about near-duplicates."
     captions, pictures = a["similar_captions"], a["similar_pictures"]
     return {f"captions much like another (words overlap by {captions['overlap']:.0%})": f"{captions['alike']:,}",
-            f"pictures much like another file's ({pictures['bits']} bits)": f"{pictures['alike']:,} of {pictures['files']:,}"}
+            f"pictures much like another file's ({_rule(pictures)})": f"{pictures['alike']:,} of {pictures['files']:,}"}
 
 # %% ../nbs/10_explore.ipynb #10-explore-013
 def diversity_table(a: dict) -> list[dict]:
@@ -255,7 +260,7 @@ def plot_flags(a: dict):
 # %% ../nbs/10_explore.ipynb #10-explore-030
 def picture_of(raw: str, root: str | Path):
     "The first picture of a row given as JSON; None if it cannot be shown."
-    row = json.loads(raw)
+    row = as_row(json.loads(raw), 0)
     images = row.get("images") or ([row["image"]] if row.get("image") else [])
     try:
         path, data = embedded(images[0])
@@ -302,10 +307,11 @@ def plot_alike(
     pairs = sorted(random.Random(0).sample(pairs, min(n, len(pairs))), key=lambda pair: pair[2])
     place = (lambda i: picked[i]) if picked is not None else (lambda i: i)
     raws = rows_at(source, {place(i) for pair in pairs for i in pair[:2]})
-    fig, axs = panels(max(n, 1), width=1.3 * n, rows=2, height=2.8)
+    columns = max(len(pairs), 2)
+    fig, axs = panels(columns, width=1.3 * columns, rows=2, height=2.8 if pairs else 0.5)
     for ax in axs: ax.axis("off")
     for k, (a, b, bits) in enumerate(pairs):
-        for ax, i in ((axs[k], a), (axs[n + k], b)):
+        for ax, i in ((axs[k], a), (axs[columns + k], b)):
             if im := picture_of(raws[place(i)], root): ax.imshow(_thumbnail(im))
         axs[k].set_title(f"{bits} bits apart", fontsize=7)
     if not pairs: axs[0].text(0, 0.5, "no two files look alike")
@@ -350,7 +356,7 @@ def _of_pictures(i: dict, alike: dict) -> list[str]:
     out = []
     if i["pictures"]: out += [f"Pictures measure {i['width']['mean']:.0f} x {i['height']['mean']:.0f} pixels on average; {i['sizes'].get('small', 0):.1%} are below "
                               f"{SIZES['medium']} pixels on the shorter side and will be filtered by the study's recipe."]
-    if alike["files"]: out += [f"{alike['alike']:,} of {alike['files']:,} picture files look like another one (fingerprints within {alike['bits']} bits), in {alike['groups']:,} groups."]
+    if alike["files"]: out += [f"{alike['alike']:,} of {alike['files']:,} picture files look like another one ({_rule(alike)}), in {alike['groups']:,} groups."]
     return out
 
 # %% ../nbs/10_explore.ipynb #10-explore-037

@@ -16,11 +16,11 @@ from pathlib import Path
 from .core import atomic_path, UserError
 
 # %% auto #0
-__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'LONGEST', 'PACKED', 'LISTS', 'NAMES', 'READERS', 'count_images', 'caption_of',
-           'text_of', 'is_blank', 'parse_line', 'brief', 'open_bytes', 'line_blocks', 'count_lines', 'numbered_lines',
-           'unread', 'iter_lines', 'by_arrow', 'plain_rows', 'read_dj', 'write_dj', 'plain_bytes', 'iter_json',
-           'read_llava', 'as_row', 'count_parquet', 'format_of', 'files_in', 'iter_rows', 'write_parquet', 'to_llava',
-           'write_llava']
+__all__ = ['IMAGE', 'END', 'IMAGE_TOKENS', 'LONGEST', 'PACKED', 'LISTS', 'NAMES', 'SHARD', 'SHOWN', 'READERS', 'count_images',
+           'caption_of', 'text_of', 'is_blank', 'parse_line', 'brief', 'open_bytes', 'Lines', 'as_lines', 'line_blocks',
+           'count_lines', 'numbered_lines', 'unread', 'iter_lines', 'read_line', 'by_arrow', 'plain_rows', 'read_dj',
+           'write_dj', 'plain_bytes', 'iter_json', 'read_llava', 'as_row', 'count_parquet', 'format_of', 'files_in',
+           'iter_rows', 'write_parquet', 'to_llava', 'write_llava']
 
 # %% ../nbs/02_formats.ipynb #02-formats-005
 IMAGE, END = "<__dj__image>", "<|__dj__eoc|>"
@@ -45,9 +45,9 @@ def text_of(caption: str, images: int = 1) -> str:
 _hidden = set("\u2800\u3164\u115f\u1160\uffa0")   # letters by Unicode's book that show nothing
 
 def is_blank(text: str) -> bool:
-    "Whether a person would see nothing: only spaces, control and zero-width characters."
+    "Whether a person would see nothing: only spaces, control and zero-width characters, and marks on nothing."
     if text[:1].isascii() and text[:1].isalnum(): return False
-    return not any(unicodedata.category(c)[0] not in "ZC" and c not in _hidden for c in text)
+    return not any(unicodedata.category(c)[0] not in "ZCM" and c not in _hidden for c in text)
 
 # %% ../nbs/02_formats.ipynb #02-formats-013
 LONGEST = 1 << 26   # bytes in a line, a value or a member of a shard: 64 MiB
@@ -93,21 +93,27 @@ def _existing(path: str | Path) -> Path:
 # %% ../nbs/02_formats.ipynb #02-formats-018
 PACKED = (".gz", ".zst")
 
+def _packing(path: Path) -> str:
+    "How a file is packed: .gz, .zst or an empty string."
+    end = path.suffix.lower()
+    return ".gz" if end == ".tgz" else end if end in PACKED else ""
+
 @contextmanager
 def open_bytes(path: str | Path):
     "A file opened for reading as bytes, unpacked on the way if it ends in .gz or .zst; UserError if the packing is damaged."
     import gzip, zlib
     path = _existing(path)
-    if path.suffix in PACKED and not path.stat().st_size: raise UserError(f"{path} is damaged or cut short (it is empty): fetch it again")
+    packing = _packing(path)
+    if packing and not path.stat().st_size: raise UserError(f"{path} is damaged or cut short (it is empty): fetch it again")
     try:
-        if path.suffix == ".zst":
+        if packing == ".zst":
             import pyarrow as pa
             with pa.input_stream(str(path), compression="zstd") as f: yield io.BufferedReader(f)
         else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: yield f
+            with (gzip.open if packing == ".gz" else open)(path, "rb") as f: yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise UserError(f"{path} is damaged or cut short ({e}): fetch it again") from None
     except OSError as e:
-        if path.suffix != ".zst": raise
+        if packing != ".zst": raise
         raise UserError(f"{path} is damaged or cut short ({brief(str(e))}): fetch it again") from None
 
 # %% ../nbs/02_formats.ipynb #02-formats-020
@@ -123,31 +129,56 @@ def _blocks(path: str | Path, size: int = 1 << 20) -> Iterator[bytes]:
             yield block
             block = f.read(size)
 
-def line_blocks(path: str | Path) -> Iterator[list[tuple[int, bytes]]]:
-    "The lines of a file that are not blank, without the spaces around them, and with their numbers: many at a time."
-    number = 1
-    for block in _blocks(path):
-        lines = block.split(b"\n")
-        yield [(n, line) for n, ends in enumerate(lines, number) if (line := ends.strip(_BLANK))]
-        number += len(lines) - 1
-
-def count_lines(path: str | Path) -> int:
-    "How many lines of a file are not blank."
-    return sum(map(_not_blank, _blocks(path)))
-
-def _not_blank(block: bytes) -> int:
-    "How many lines of a block are not blank; lines that begin with a space, which alone could be, are looked at."
-    if not block[0] in _BLANK and not any(b"\n" + bytes([c]) in block for c in _BLANK): return block.count(b"\n") + (not block.endswith(b"\n"))
-    return sum(1 for line in block.split(b"\n") if line.strip(_BLANK))
-
-def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    "The lines of a file that are not blank, without the spaces around them, and with their numbers."
-    for block in line_blocks(path): yield from block
-
 def _skip_line(f):
     "Passes over the rest of a line."
     while (more := f.readline(1 << 20)) and not more.endswith(b"\n"): pass
 
+# %% ../nbs/02_formats.ipynb #02-formats-022
+class Lines:
+    "Lines of a file that are not blank, in one piece, with the number of each; those of a slice again in one piece."
+    def __init__(self, text: bytes, cuts, numbers): self.text, self.cuts, self.numbers = text, cuts, numbers   # cuts: where each begins, and one more
+    def __len__(self): return len(self.numbers)
+    def __iter__(self): return iter(self.text.split(b"\n")) if len(self) else iter(())
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            low, high, _ = at.indices(len(self))
+            return Lines(self.text[self.cuts[low]:max(self.cuts[high] - 1, 0)], self.cuts[low:high + 1] - self.cuts[low], self.numbers[low:high])
+        return self.text[self.cuts[at]:self.cuts[at + 1] - 1]
+    def __add__(self, other: Lines) -> Lines:
+        import numpy as np
+        if not (len(self) and len(other)): return self if len(self) else other
+        return Lines(self.text + b"\n" + other.text, np.append(self.cuts[:-1], other.cuts + self.cuts[-1]), np.append(self.numbers, other.numbers))
+
+def as_lines(lines: Iterable[bytes], numbers: Iterable[int] | None = None) -> Lines:
+    "Lines that are at hand, in one piece; numbered from 1 if no numbers are given."
+    import numpy as np
+    lines = list(lines)
+    cuts = np.cumsum([0, *(len(line) + 1 for line in lines)])
+    return Lines(b"\n".join(lines), cuts, np.arange(1, len(lines) + 1) if numbers is None else np.array([*numbers], int))
+
+# %% ../nbs/02_formats.ipynb #02-formats-024
+def line_blocks(path: str | Path) -> Iterator[Lines]:
+    "The lines of a file that are not blank, without the spaces around them, and with their numbers: many at a time."
+    import numpy as np
+    number = 1
+    for block in _blocks(path):
+        signs, text = np.frombuffer(block, np.uint8), block.removesuffix(b"\n")
+        cuts = np.concatenate([[0], np.flatnonzero(signs[:len(text)] == 10) + 1, [len(text) + 1]])
+        numbers = np.arange(number, number := number + len(cuts) - 1)
+        if (signs[cuts[:-1]] > 32).all() and (signs[cuts[1:] - 2] > 32).all(): yield Lines(text, cuts, numbers)   # no line begins or ends with a space
+        else:
+            stripped = [line.strip(_BLANK) for line in text.split(b"\n")]
+            yield as_lines(filter(None, stripped), [n for n, line in zip(numbers, stripped) if line])
+
+def count_lines(path: str | Path) -> int:
+    "How many lines of a file are not blank."
+    return sum(map(len, line_blocks(path)))
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    "The lines of a file that are not blank, without the spaces around them, and with their numbers."
+    for block in line_blocks(path): yield from zip(block.numbers.tolist(), block)
+
+# %% ../nbs/02_formats.ipynb #02-formats-026
 def unread(line: bytes) -> dict:
     "A row that stands for a line that could not be read, holding the whole of it (the beginning, if it is too long to be held)."
     import base64
@@ -157,27 +188,37 @@ def unread(line: bytes) -> dict:
 
 def iter_lines(path: str | Path) -> Iterator[tuple[object, str]]:
     "The value and the problem (or an empty string) of every line that is not blank."
-    for number, line in numbered_lines(path):
-        row, problem = parse_line(line, number)
-        yield (unread(line), problem) if problem else (row, "")
+    for number, line in numbered_lines(path): yield read_line(line, number)
 
-# %% ../nbs/02_formats.ipynb #02-formats-022
-def by_arrow(lines: list[bytes]):
+def read_line(line: bytes, number: int) -> tuple[object, str]:
+    "The value in a line, or a row that stands for it with what is wrong."
+    row, problem = parse_line(line, number)
+    return (unread(line), problem) if problem else (row, "")
+
+# %% ../nbs/02_formats.ipynb #02-formats-028
+def by_arrow(lines: Lines):
     "A table of the rows in lines of JSON, or None if Arrow finds fault with one, or must not be asked."
     import pyarrow as pa, pyarrow.json as pj
-    block = b"\n".join(lines)
-    one_a_line = block[:1] == b"{" and block[-1:] == b"}" and block.count(b"}\n{") == len(lines) - 1
-    flat = max(line.count(b"[") + line.count(b"{") for line in lines) < 1000   # it does not survive thousands of brackets within each other
-    if not one_a_line or not flat or b"NaN" in block or b"Infinity" in block: return None
+    if not _one_a_line(lines): return None
+    text = lines.text
     schema = pa.schema([("id", pa.string()), ("text", pa.string()), ("images", pa.list_(pa.string()))])
     try:
-        block.decode()
-        table = pj.read_json(pa.BufferReader(block), pj.ReadOptions(use_threads=False, block_size=len(block) + 1), pj.ParseOptions(explicit_schema=schema))
+        if not text.isascii(): text.decode()
+        table = pj.read_json(pa.BufferReader(text), pj.ReadOptions(use_threads=False, block_size=len(text) + 1), pj.ParseOptions(explicit_schema=schema))
     except (pa.ArrowInvalid, UnicodeDecodeError): return None
+    if len(table.column_names) > len(schema) and (b"NaN" in text or b"Infinity" in text): return None
     return table if len(table) == len(lines) else None
 
-# %% ../nbs/02_formats.ipynb #02-formats-023
-def plain_rows(lines: list[bytes], least: int = 16) -> list[tuple[str, str, list] | None]:
+def _one_a_line(lines: Lines) -> bool:
+    "Whether each line is in braces and none holds a thousand brackets, which Arrow does not survive within each other."
+    import numpy as np
+    if not len(lines): return False
+    signs, longest = np.frombuffer(lines.text, np.uint8), np.diff(lines.cuts).max()
+    braces = (signs[lines.cuts[:-1]] == ord("{")).all() and (signs[lines.cuts[1:] - 2] == ord("}")).all()
+    return bool(braces) and (longest < 1000 or max(line.count(b"[") + line.count(b"{") for line in lines) < 1000)
+
+# %% ../nbs/02_formats.ipynb #02-formats-029
+def plain_rows(lines: Lines, least: int = 16) -> list[tuple[str, str, list] | None]:
     "Id, text and images of each line of JSON that is a plain row; None for a line that `parse_line` has to look at."
     table = by_arrow(lines)
     if table is not None and "conversations" not in table.column_names:
@@ -187,7 +228,7 @@ def plain_rows(lines: list[bytes], least: int = 16) -> list[tuple[str, str, list
     half = len(lines) // 2
     return plain_rows(lines[:half], least) + plain_rows(lines[half:], least)
 
-# %% ../nbs/02_formats.ipynb #02-formats-025
+# %% ../nbs/02_formats.ipynb #02-formats-031
 def read_dj(path: str | Path) -> list[dict]:
     "Every row of a Data-Juicer jsonl file; raises UserError at the first line that is not one (the gate is lenient)."
     rows = []
@@ -196,7 +237,7 @@ def read_dj(path: str | Path) -> list[dict]:
         rows.append(row)
     return rows
 
-# %% ../nbs/02_formats.ipynb #02-formats-026
+# %% ../nbs/02_formats.ipynb #02-formats-032
 def write_dj(path: str | Path, rows: Iterable[dict]) -> Path:
     "Writes rows as jsonl in one go: the file is either the old one or the whole new one."
     with atomic_path(path) as part, part.open("w", encoding="utf-8") as f:
@@ -217,7 +258,7 @@ def _line(row: object) -> str:
     except UnicodeEncodeError: line = json.dumps(row, default=default)
     return line
 
-# %% ../nbs/02_formats.ipynb #02-formats-029
+# %% ../nbs/02_formats.ipynb #02-formats-035
 class _Window:
     "A window of text that slides over a JSON file."
     def __init__(self, file, path): self.file, self.path, self.text, self.at, self.line, self.over = file, path, "", 0, 1, False
@@ -237,7 +278,7 @@ class _Window:
         line = self.line + self.text.count("\n", 0, self.at)
         raise UserError(f"{self.path}: bad JSON: line {line}: {why}; the rows after it cannot be told apart, so repair the file there")
 
-# %% ../nbs/02_formats.ipynb #02-formats-030
+# %% ../nbs/02_formats.ipynb #02-formats-036
 def _take(w: _Window, wanted: str) -> str:
     "Steps over one of the wanted characters and returns it."
     if (c := w.peek()) not in wanted or not c: w.fail(f"one of {' '.join(wanted)} is expected" + (f", not {c!r}" if c else ", not the end of the file"))
@@ -256,7 +297,7 @@ def _value(w: _Window) -> object:
         if len(w.text) - w.at > LONGEST: w.fail(f"a value has more than {LONGEST >> 20} Mi characters")
         w.more()
 
-# %% ../nbs/02_formats.ipynb #02-formats-031
+# %% ../nbs/02_formats.ipynb #02-formats-037
 def _elements(w: _Window) -> Iterator[object]:
     "The elements of the list that begins here."
     _take(w, "[")
@@ -277,9 +318,9 @@ def _in_object(w: _Window) -> Iterator[object]:
             yield from _elements(w)
         else: _value(w)
         more = _take(w, ",}") == ","
-    if not found: w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}")
+    if not found: w.fail(f"a list of rows is expected, alone or under one of {', '.join(LISTS)}; a file with a row on each line is named .jsonl")
 
-# %% ../nbs/02_formats.ipynb #02-formats-032
+# %% ../nbs/02_formats.ipynb #02-formats-038
 LISTS = ("annotations", "data", "rows", "samples")   # the names under which such files keep their list
 
 def iter_json(path: str | Path) -> Iterator[object]:
@@ -296,13 +337,20 @@ def read_llava(path: str | Path) -> list[dict]:
     "Every row of a LLaVA json file; raises UserError if it is not a JSON list."
     return list(iter_json(path))
 
-# %% ../nbs/02_formats.ipynb #02-formats-036
+# %% ../nbs/02_formats.ipynb #02-formats-042
 NAMES = {"id": ("id", "key", "__key__", "image_id", "index"), "caption": ("caption", "text", "title", "text_output", "TEXT", "question", "description", "comment"),
          "image": ("images", "image", "filename", "file_name", "filepath", "image_path", "path", "url", "URL", "file", "image_name", "photo", "picture")}
 
 def _find(row: dict, kind: str) -> object:
     "What the row holds under the first of the usual names."
     return next((row[name] for name in NAMES[kind] if row.get(name) is not None), None)
+
+SHARD = 1 << 40   # what the numbers of rows begin with in the second file of a folder; twice that in the third
+
+def _made_id(number: int) -> str:
+    "The id of a row that has none."
+    shard, number = divmod(number, SHARD)
+    return f"row{number:07}" + f".{shard}" * bool(shard)
 
 def as_row(row: object, number: int) -> object:
     "A row of any source with `id`, `text` and `images` (or its conversations); the picture token is put in front of a bare caption."
@@ -311,40 +359,59 @@ def as_row(row: object, number: int) -> object:
     if caption is None and image is None: return row
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     text = caption if not isinstance(caption, str) or count_images(caption) or is_blank(caption) else text_of(caption, len(images))
-    return {"id": f"row{number:07}" if _find(row, "id") is None else _find(row, "id"), "text": text, "images": images,
+    return {"id": _made_id(number) if _find(row, "id") is None else _find(row, "id"), "text": text, "images": images,
             **{k: v for k, v in row.items() if k not in ("id", "text", "images")}}
 
-# %% ../nbs/02_formats.ipynb #02-formats-037
-def _iter_tsv(path: Path) -> Iterator[tuple[object, str]]:
+# %% ../nbs/02_formats.ipynb #02-formats-043
+def _iter_jsonl(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
+    "Rows of a file with a JSON object on each line."
+    for number, line in numbered_lines(path):
+        row, problem = read_line(line, number)
+        yield as_row(row, first + number) if not problem else row, problem
+
+def _header(cells: list[str], path: Path) -> list[str] | None:
+    "The names of a table's columns if these are usual ones, whatever their case; None if it is a row. UserError if two have the same name."
+    known = [name for names in NAMES.values() for name in names]
+    usual = {name.lower(): name for name in reversed(known)} | {name: name for name in known}
+    names = [usual.get(cell.strip()) or usual.get(cell.strip().lower(), cell) for cell in cells]
+    if len(set(names) & set(known)) < 2: return None
+    _all_different(names, path)
+    return names
+
+def _all_different(names: list[str], path: Path):
+    "UserError if two columns of a table have the same name, as one of them would be lost."
+    if twice := [name for name in names if name and names.count(name) > 1]: raise UserError(f"{path} has two columns named {brief(twice[0])}: give them different names")
+
+# %% ../nbs/02_formats.ipynb #02-formats-044
+def _iter_tsv(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
     "Rows of a table with tabs: with a header that uses the usual names, else caption and picture as in CC3M."
-    known = {name for names in NAMES.values() for name in names}
     with open_bytes(path) as f:
         names = None
         for number, line in enumerate(f, 1):
             try: cells = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError as e: yield unread(line), f"not UTF-8: line {number}, byte {e.start}"; continue
-            if number == 1 and len(known & set(cells)) > 1: names = cells; continue
+            if number == 1 and (names := _header(cells, path)): continue
             if cells == [""]: continue
             wanted = len(names or ("caption", "image"))
             if len(cells) != wanted: yield unread(line), f"bad table row: line {number}: {len(cells)} cell(s), not {wanted}"
-            else: yield as_row(dict(zip(names or ("caption", "image"), cells)), number), ""
+            else: yield as_row(dict(zip(names or ("caption", "image"), cells)), first + number), ""
 
-# %% ../nbs/02_formats.ipynb #02-formats-039
-def _iter_csv(path: Path) -> Iterator[tuple[object, str]]:
-    "Rows of a table with commas, semicolons or tabs: with a header that uses the usual names, else picture and caption in this order."
+# %% ../nbs/02_formats.ipynb #02-formats-046
+def _iter_csv(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
+    "Rows of a table with commas, semicolons, tabs or bars: with a header that uses the usual names, else picture and caption in this order."
     import csv
-    known = {name for names in NAMES.values() for name in names}
+    csv.field_size_limit(LONGEST)   # a cell may hold a picture
     with open_bytes(path) as f:
         lines = (line.decode("utf-8", "surrogateescape").removeprefix("\ufeff" * (n == 0)) for n, line in enumerate(f))
-        first = next(lines, "")
-        table, names, number = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count)), ("image", "caption"), 0
+        top = next(lines, "")
+        table, names, number = csv.reader(chain([top], lines), delimiter=max(",;\t|", key=top.count)), ("image", "caption"), 0
         while True:
             number += 1
             try: cells = [cell.strip() for cell in next(table)]
             except StopIteration: return
             except csv.Error as e: yield {"raw": f"row {number}"}, f"bad table row: line {table.line_num}: {e}"; continue
-            if number == 1 and len(known & set(cells)) > 1: names = cells; continue
-            if any(cells): yield _csv_row(names, cells, number, table.line_num)
+            if number == 1 and (found := _header(cells, path)): names = found; continue
+            if any(cells): yield _csv_row(names, cells, first + number, table.line_num)
 
 def _csv_row(names: list[str], cells: list[str], number: int, line: int) -> tuple[object, str]:
     "One row of a table, or what is wrong with it."
@@ -353,15 +420,23 @@ def _csv_row(names: list[str], cells: list[str], number: int, line: int) -> tupl
     if len(cells) != len(names): return {"raw": text}, f"bad table row: line {line}: {len(cells)} cell(s), not {len(names)}"
     return as_row(dict(zip(names, cells)), number), ""
 
-# %% ../nbs/02_formats.ipynb #02-formats-040
-def _iter_parquet(path: Path) -> Iterator[tuple[object, str]]:
+# %% ../nbs/02_formats.ipynb #02-formats-047
+def _iter_parquet(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
     "Rows of a Parquet file, a few at a time; pictures as paths, bytes or Hugging Face's {bytes, path}."
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as f:
-            rows = (_as_json(row) for batch in f.iter_batches(batch_size=64) for row in batch.to_pylist())
-            yield from ((as_row(row, number), "") for number, row in enumerate(rows, 1))
+            _all_different(f.schema_arrow.names, path)
+            rows = (row for batch in f.iter_batches(batch_size=64) for row in _of_batch(batch))
+            for number, row in enumerate(rows, 1): yield (unread(row), f"not UTF-8: row {number}") if isinstance(row, bytes) else (as_row(_as_json(row), first + number), "")
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e: raise UserError(f"{path} is not a whole Parquet file: {brief(str(e), 120)}") from None
+
+def _of_batch(batch) -> list[dict | bytes]:
+    "The rows of an Arrow batch; for a row with a text that is not UTF-8 the bytes of that."
+    try: return batch.to_pylist()
+    except UnicodeDecodeError as e:
+        if len(batch) > 1: return [row for i in range(len(batch)) for row in _of_batch(batch.slice(i, 1))]
+        return [e.object]
 
 def _as_json(value: object) -> object:
     "A value of a table as JSON knows it: null for what is not a number, text for dates and the like; pictures stay bytes."
@@ -376,39 +451,52 @@ def count_parquet(path: Path) -> int:
     try: return pq.read_metadata(_existing(path)).num_rows
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e: raise UserError(f"{path} is not a whole Parquet file: {brief(str(e), 120)}") from None
 
-# %% ../nbs/02_formats.ipynb #02-formats-041
-def _iter_tar(path: Path) -> Iterator[tuple[object, str]]:
-    "Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot."
+# %% ../nbs/02_formats.ipynb #02-formats-048
+def _iter_tar(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
+    "Samples of a WebDataset shard: neighbouring files whose names agree up to the first dot; hidden files are passed over."
     import tarfile
     with open_bytes(path) as f:
         try:
             with tarfile.open(fileobj=f, mode="r|") as tar:
                 key, parts = None, {}
                 for member in tar:
-                    if not member.isfile(): continue
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
+                    if member.isdir() or not stem: continue
                     if (folder, stem) != key and parts: yield _sample(key, parts); parts = {}
-                    key, parts[kind.lower()] = (folder, stem), tar.extractfile(member).read() if member.size <= LONGEST else None
+                    key, kind = (folder, stem), kind.lower()
+                    parts[kind] = f"member is there twice: {brief(name)}" if kind in parts else _member(tar, member)
                 if parts: yield _sample(key, parts)
         except tarfile.TarError as e: raise UserError(f"{path} is not a whole tar file: {e}") from None
 
-# %% ../nbs/02_formats.ipynb #02-formats-042
-def _sample(key: tuple[str, str], parts: dict[str, bytes]) -> tuple[object, str]:
-    "One WebDataset sample as a row: its json, its caption (.txt) and its pictures as bytes."
+
+def _member(tar, member) -> bytes | str:
+    "The content of a file in a shard, or what is wrong with it; links are not followed."
+    if not member.isfile(): return f"member is no plain file: {brief(member.name)}"
+    return tar.extractfile(member).read() if member.size <= LONGEST else f"member too large: more than {LONGEST >> 20} MiB"
+
+# %% ../nbs/02_formats.ipynb #02-formats-049
+SHOWN = {"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif", "img", "image"}   # endings of pictures in a shard
+
+def _sample(key: tuple[str, str], parts: dict[str, bytes | str]) -> tuple[object, str]:
+    "One WebDataset sample as a row: its json, its caption (.txt) and its pictures as bytes; what else there is, if no picture goes by a usual ending."
     row = {"id": "/".join(filter(None, key))}
-    if None in parts.values(): return row, f"member too large: more than {LONGEST >> 20} MiB"
+    if problem := next((part for part in parts.values() if isinstance(part, str)), ""): return row, problem
     if "json" in parts:
-        found, problem = parse_line(parts["json"], 1)
+        found, problem = parse_line(parts["json"].removeprefix(b"\xef\xbb\xbf"), 1)
         if problem or not isinstance(found, dict): return {**row, "raw": parts["json"].decode(errors="backslashreplace")}, problem or "not a row"
         row |= found
-    try: captions = [parts[kind].decode().strip() for kind in ("txt", "caption", "text") if kind in parts]
+    try: captions = [parts[kind].decode("utf-8-sig").strip() for kind in ("txt", "caption", "text") if kind in parts]
     except UnicodeDecodeError as e: return {**row, "raw": repr(parts)}, f"not UTF-8: byte {e.start} of the caption"
-    images = [data for kind, data in parts.items() if kind not in ("json", "txt", "caption", "text", "cls", "npy")]
+    images = [data for kind, data in parts.items() if kind in SHOWN] or [data for kind, data in parts.items() if kind not in ("json", "txt", "caption", "text", "cls", "npy")]
     return as_row({**row, **({"caption": captions[0]} if captions else {}), "image": images}, 0), ""
 
-# %% ../nbs/02_formats.ipynb #02-formats-043
-READERS = {".jsonl": iter_lines, ".ndjson": iter_lines, ".json": lambda path: ((as_row(row, n), "") for n, row in enumerate(iter_json(path), 1)),
+# %% ../nbs/02_formats.ipynb #02-formats-050
+def _iter_list(path: Path, first: int = 0) -> Iterator[tuple[object, str]]:
+    "Rows of a JSON file that is one list."
+    return ((as_row(row, first + n), "") for n, row in enumerate(iter_json(path), 1))
+
+READERS = {".jsonl": _iter_jsonl, ".ndjson": _iter_jsonl, ".json": _iter_list,
            ".tsv": _iter_tsv, ".csv": _iter_csv, ".parquet": _iter_parquet, ".tar": _iter_tar, ".tgz": _iter_tar}
 
 def format_of(path: str | Path) -> str:
@@ -428,9 +516,9 @@ def files_in(path: str | Path) -> list[Path]:
 
 def iter_rows(path: str | Path) -> Iterator[tuple[object, str]]:
     "Rows with their problem (or an empty string) from a file or a folder of shards, one after the other."
-    for file in files_in(path): yield from READERS[format_of(file)](file)
+    for k, file in enumerate(files_in(path)): yield from READERS[format_of(file)](file, k * SHARD)
 
-# %% ../nbs/02_formats.ipynb #02-formats-049
+# %% ../nbs/02_formats.ipynb #02-formats-056
 def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> Path:
     "Writes rows as Parquet, some at a time, all or nothing; the columns are those of the first `batch` rows."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -447,7 +535,7 @@ def write_parquet(path: str | Path, rows: Iterable[dict], batch: int = 1000) -> 
             if writer: writer.close()
     return Path(path)
 
-# %% ../nbs/02_formats.ipynb #02-formats-050
+# %% ../nbs/02_formats.ipynb #02-formats-057
 def to_llava(row: dict, original: dict | None = None, question: str = "Describe the picture in one sentence.") -> dict:
     "A caption row as a LLaVA row: the questions of `original` with the caption as last answer, or one question alone."
     caption, images = caption_of(row["text"]), row.get("images") or []

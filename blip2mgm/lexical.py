@@ -90,8 +90,8 @@ def _factor_length(ids, threshold: float) -> float:
     "The number of tokens a factor, read in one direction."
     factors, start, types = 0, 0, 0
     for place, before in enumerate(_before(ids).tolist()):
-        types += before < start
-        if types <= threshold * (place - start + 1): factors, start, types = factors + 1, place + 1, 0
+        if before < start: types += 1   # which only lifts the ratio
+        elif types <= threshold * (place - start + 1): factors, start, types = factors + 1, place + 1, 0
     left = len(ids) - start
     if left: factors += (1 - types / left) / (1 - threshold)
     return len(ids) / factors if factors else float(len(ids))
@@ -100,9 +100,8 @@ def _factor_length(ids, threshold: float) -> float:
 def expected_types(times: Counter, n: int) -> float:
     "How many different tokens to expect among `n` drawn without replacement, from how many types (values) occur how often (keys)."
     total = sum(c * k for c, k in times.items())
-    choose = lambda a: lgamma(a + 1) - lgamma(a - n + 1)   # without n!, which is the same above and below
-    whole = choose(total)
-    missed = sum(k * exp(choose(total - c) - whole) for c, k in times.items() if total - c >= n)
+    whole = lgamma(total + 1) - lgamma(total - n + 1)   # N over n without n!, which is the same above and below
+    missed = sum(k * exp(lgamma(total - c + 1) - lgamma(total - c - n + 1) - whole) for c, k in times.items() if total - c >= n)
     return sum(times.values()) - missed
 
 def hdd(tokens: list, draws: int = 42) -> float:
@@ -119,8 +118,9 @@ def compression(text: str) -> float:
 
 def self_repetition(grams: list) -> float:
     "The share of tokens (runs of words) that occur more than once."
-    counts = Counter(grams)
-    return sum(n for n in counts.values() if n > 1) / len(grams) if len(grams) else 0.0
+    import numpy as np
+    times = np.unique(numbered(grams), return_counts=True)[1]
+    return int(times[times > 1].sum()) / len(grams) if len(grams) else 0.0
 
 # %% ../nbs/03_lexical.ipynb #03-lexical-031
 @dataclass

@@ -18,6 +18,7 @@ from .core import ConfigError, UserError, read_json, resolve, show_path, write_j
 from .health import Finding, not_finite
 from .inputs import collate
 from .loop import Run, computing, draw, moves, newest_sound, norms, optimiser, parts, pieces
+from .workers import search_path
 
 # %% auto #0
 __all__ = ['OWN', 'SLOTS', 'SAID', 'zero_config', 'PieceLoss', 'shares', 'ZeroRun', 'fill', 'whole_layers', 'remember',
@@ -241,9 +242,7 @@ SAID = "blip2mgm: "
 
 def surroundings() -> dict[str, str]:
     "What the processes find in their environment: one thread each, this package, and DeepSpeed on the processor where there is no GPU."
-    package = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
-    return dict(OMP_NUM_THREADS="1", PYTHONPATH=path, TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error") | ({} if torch.cuda.is_available() else dict(DS_ACCELERATOR="cpu"))
+    return dict(OMP_NUM_THREADS="1", PYTHONPATH=search_path(), TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error") | ({} if torch.cuda.is_available() else dict(DS_ACCELERATOR="cpu"))
 
 # %% ../nbs/06_parallel.ipynb #06-parallel-031
 def join_group() -> None:

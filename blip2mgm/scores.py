@@ -7,11 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from .core import UserError, read_json, read_jsonl, show_path
 from .looking import rows_by_unit
+from .show import Gallery
 from .tasks import Question, picture_bytes, task_of
 
 # %% auto #0
 __all__ = ['read_answers', 'score_matrix', 'percent', 'main_scores', 'score_rows', 'type_rows', 'model_rows', 'plot_by_type',
-           'choose', 'answer_gallery', 'conclusion']
+           'is_right', 'choose', 'answer_gallery', 'browse_answers', 'conclusion']
 
 # %% ../nbs/077_scores.ipynb #077-scores-006
 def read_answers(folder: Path, arm: str, seed: int, task: str) -> list[dict]:
@@ -93,11 +94,12 @@ def plot_by_type(result: dict, task: str, ax=None):
     return ax
 
 # %% ../nbs/077_scores.ipynb #077-scores-018
-def choose(answers: list[dict], n: int, right: bool) -> list[dict]:
-    "Up to `n` right or wrong answers, taken in turn from the question types, new pictures first."
+def is_right(answer: dict) -> bool: return answer["metadata"]["score"] >= .5
+
+def choose(answers: list[dict], n: int) -> list[dict]:
+    "Up to `n` of some answers, taken in turn from the question types, new pictures first."
     by: dict = {}
-    for a in answers:
-        if (a["metadata"]["score"] >= .5) == right: by.setdefault(a["metadata"]["kind"], []).append(a)
+    for a in answers: by.setdefault(a["metadata"]["kind"], []).append(a)
     out, shown = [], set()
     while len(out) < n and any(by.values()):
         for kind in filter(None, by.values()):
@@ -129,12 +131,41 @@ def answer_gallery(questions: list[Question], answers: list[dict], columns: int 
     known = {q.id: q for q in questions}
     fig, axes = plt.subplots(2, columns, figsize=(1.75 * columns, 5), layout="constrained", squeeze=False)
     for row, right in zip(axes, (True, False)):
-        chosen = choose(answers, columns, right)
+        chosen = choose([a for a in answers if is_right(a) == right], columns)
         for ax, a in zip(row, chosen): _panel(ax, known[a["question_id"]], a, right)
         for ax in row[len(chosen):]: ax.set_axis_off()
     return fig
 
 # %% ../nbs/077_scores.ipynb #077-scores-021
+def _told(q: Question, said: dict[str, dict]) -> str:
+    "A question, what each arm says, right or wrong, and the truth, line by line."
+    word = lambda a: f"{a['text']}. {q.options[a['text']]}" if a["text"] in q.options else a["text"] or "(nothing)"
+    short = lambda text: text if len(text) <= 100 else text[:99] + "…"
+    return "\n".join([q.question, *(f"{'✓' if is_right(a) else '✗'} {arm}: {short(word(a))}" for arm, a in said.items()), f"truth: {_truth(q)}"])
+
+def _seen(q: Question):
+    "The picture of a question; None if it cannot be shown."
+    from blip2mgm.data import open_picture
+    try: return open_picture(picture_bytes(q))
+    except Exception: return None
+
+def browse_answers(
+    asked: dict[str, list[Question]],  # by task
+    answers: dict[str, dict[str, list[dict]]],  # arm -> task -> the answers of one of its models
+    n: int = 8,  # of each kind
+) -> Gallery:
+    "Questions to go through, by benchmark and by whether the arms are right, evenly over the question types."
+    kinds = {}
+    for task, questions in asked.items():
+        known, said = {q.id: q for q in questions}, {arm: {a["question_id"]: a for a in by_task[task]} for arm, by_task in answers.items()}
+        first = next(iter(answers.values()))[task]
+        right = {a["question_id"]: {is_right(by_id[a["question_id"]]) for by_id in said.values()} for a in first}
+        for name, which in (("the arms differ", {True, False}), ("every arm is right", {True}), ("every arm is wrong", {False})):
+            ids = [a["question_id"] for a in choose([a for a in first if right[a["question_id"]] == which], n)]
+            kinds[f"{task}: {name}"] = [(_seen(known[i]), _told(known[i], {arm: by_id[i] for arm, by_id in said.items()})) for i in ids]
+    return Gallery(kinds)
+
+# %% ../nbs/077_scores.ipynb #077-scores-024
 def conclusion(result: dict) -> list[str]:
     "What the scores say, in sentences; whether arms differ is for the report, which knows the uncertainty."
     out = []

@@ -48,26 +48,31 @@ def show_table(rows) -> Table:
     return Table(rows.to_dict("records") if hasattr(rows, "to_dict") else [dict(r) for r in rows])
 
 # %% ../nbs/00_show.ipynb #00-show-011
-def _picture_tag(picture, size:int) -> str:
-    "A picture as a small JPEG inside the page; nothing if there is none"
-    import base64, io
-    if picture is None: return "<i>no picture</i>"
+def _small(picture, size:int) -> bytes|None:
+    "A picture as a small JPEG"
+    import io
+    if picture is None: return None
     small, out = picture.convert("RGB"), io.BytesIO()
     small.thumbnail((size, size))
     small.save(out, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
+    return out.getvalue()
 
 class Gallery:
     "Pictures (PIL; None where there is none) with their captions, by kind: `{kind: [(picture, caption), ...]}`"
-    def __init__(self, kinds:dict, size:int=144): self.kinds, self.size = {k: list(v) for k, v in kinds.items() if v}, size
+    def __init__(self, kinds:dict, size:int=144): self.kinds, self.size = {k: [(_small(p, size), c) for p, c in v] for k, v in kinds.items() if v}, size
     def __repr__(self): return "\n".join(f"{kind}: {caption}" for kind, items in self.kinds.items() for _, caption in items)
 
 # %% ../nbs/00_show.ipynb #00-show-012
+def _picture_tag(jpeg:bytes|None) -> str:
+    "A small JPEG inside the page"
+    import base64
+    return "<i>no picture</i>" if jpeg is None else f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+
 @patch
 def _repr_html_(self:Gallery):
-    def one(picture, caption):
-        return (f'<div style="flex:0 0 {self.size}px;font-size:12px;line-height:1.3;text-align:left;white-space:normal">'
-                f'{_picture_tag(picture, self.size)}<br>{html.escape(caption)}</div>')
+    def one(jpeg, caption):
+        return (f'<div style="flex:0 0 {self.size}px;font-size:12px;line-height:1.3;text-align:left;white-space:normal;overflow-wrap:anywhere">'
+                f'{_picture_tag(jpeg)}<br>{"<br>".join(map(html.escape, caption.splitlines()))}</div>')
     def strip(k, kind, items):
         row = "".join(one(*item) for item in items)
         return (f'<details{" open" if k == 0 else ""}><summary>{html.escape(kind)} ({len(items)})</summary>'

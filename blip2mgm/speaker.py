@@ -20,6 +20,7 @@ from PIL import Image
 
 from . import data
 from .core import UserError, tree_hash
+from .workers import accelerator
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-008
 def read_picture(source) -> Image.Image:
@@ -82,13 +83,13 @@ def _load(name:str):
 # %% ../nbs/089_speaker.ipynb #089-speaker-016
 def load_model(
     name:str,             # folder of a BLIP-2, InstructBLIP or BLIP model, or its hub id
-    device:str="auto",    # auto is the GPU if there is one
+    device:str="auto",    # auto is the next GPU if there is one
     dtype:str="auto",     # float32, bfloat16, float16; auto is float32 on a processor and bfloat16 on a GPU
 ):
     "The model, ready to caption, and its processor; UserError naming what is wrong with `name`"
     try: model, processor = _load(str(name))
     except (OSError, ValueError, KeyError) as e: raise UserError(f"{name} cannot be used as a captioning model: {str(e).splitlines()[0]}") from None
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = accelerator() if device == "auto" else device
     dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
     return model.to(device, getattr(torch, dtype)).eval(), processor
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import string
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import islice
+from itertools import compress, islice
+from operator import not_
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -20,15 +20,16 @@ from fastcore.basics import patch
 from .core import atomic_path, code_hash, read_json
 from .show import track
 from .data import MAX_PIXELS, Bad, GateResult, Picture, Root, _with_reason, as_seen, judge, look_at, open_picture, seen_as, strict_pillow, unchecked
-from .formats import (_line, by_arrow, caption_of, count_images, count_lines, count_parquet, END, files_in, format_of, IMAGE, is_blank, iter_rows,
-                              line_blocks, parse_line, plain_rows, unread)
+from .formats import (_line, as_lines, as_row, by_arrow, caption_of, count_images, count_lines, count_parquet, END, files_in, format_of, IMAGE, is_blank,
+                              iter_rows, line_blocks, Lines, plain_rows, read_line, SHARD)
 from .lexical import length_stats
 from .corpus import FLAGS, RULES, Corpus, Tape, describe_corpus, join, leaks, power_law
 
 # %% auto #0
-__all__ = ['SIZES', 'FIELDS', 'COLUMNS', 'SHOWN', 'TEXT_BATCH', 'fingerprint', 'measure', 'size_class', 'Pictures', 'image_stats',
-           'close_pairs', 'alike', 'look_once', 'look_at_rows', 'count_rows', 'batches', 'rows_at', 'looked_at', 'Seen',
-           'Exploration', 'table_of', 'refused', 'explore', 'of_gate', 'held_out_sets', 'leakage', 'analyse']
+__all__ = ['SIDE', 'SIZES', 'APART', 'FIELDS', 'COLUMNS', 'SHOWN', 'TEXT_BATCH', 'fingerprint', 'thumbnail', 'measure',
+           'size_class', 'Pictures', 'image_stats', 'close_pairs', 'apart', 'alike', 'look_once', 'look_at_rows',
+           'count_rows', 'batches', 'rows_at', 'looked_at', 'Seen', 'Exploration', 'table_of', 'refused', 'explore',
+           'of_gate', 'held_out_sets', 'leakage', 'analyse']
 
 # %% ../nbs/06_survey.ipynb #06-survey-005
 @lru_cache
@@ -45,19 +46,28 @@ def fingerprint(grey) -> int:
     low = _cosines() @ pixels @ _cosines().T
     return int(np.packbits(low > np.median(low)).view(">u8")[0])
 
+SIDE = 12   # pixels a side of a thumbnail
+
+def thumbnail(im) -> str:
+    "An image shrunk to 12 x 12 pixels in RGB: 432 bytes, as base64."
+    from base64 import b64encode
+    from PIL import Image
+    return b64encode(im.resize((SIDE, SIDE), Image.Resampling.HAMMING, reducing_gap=4).convert("RGB").tobytes()).decode()
+
 # %% ../nbs/06_survey.ipynb #06-survey-006
-def measure(im) -> tuple[float, float, int]:
-    "Brightness (0 to 255), sharpness and fingerprint of an image as people see it."
+def measure(im) -> tuple[float, float, int, str]:
+    "Brightness (0 to 255), sharpness, fingerprint and thumbnail of an image as people see it."
     import numpy as np
     from PIL import Image
     plain = im.mode in ("RGB", "L", "CMYK", "YCbCr") and "exif" not in im.info and "transparency" not in im.info
-    grey = (im if plain else as_seen(im)).convert("L")
+    seen = im if plain else as_seen(im)
+    grey = seen.convert("L")
     if max(grey.size) > 256:
         scale = 256 / max(grey.size)
         grey = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BILINEAR)
     a = np.asarray(grey, dtype=np.int16)
     edges = 4 * a[1:-1, 1:-1] - a[:-2, 1:-1] - a[2:, 1:-1] - a[1:-1, :-2] - a[1:-1, 2:]
-    return float(a.mean()), float(edges.var()) if edges.size else 0.0, fingerprint(grey)
+    return float(a.mean()), float(edges.var()) if edges.size else 0.0, fingerprint(grey), thumbnail(seen)
 
 # %% ../nbs/06_survey.ipynb #06-survey-009
 SIZES = {"small": 0, "medium": 224, "large": 512, "very large": 1024}   # shorter side in pixels, from
@@ -68,11 +78,12 @@ def size_class(picture: Picture) -> str:
 
 # %% ../nbs/06_survey.ipynb #06-survey-010
 class Pictures:
-    "What is kept of many pictures: how often each value occurs, and a fingerprint each."
+    "What is kept of many pictures: how often each value occurs, and a fingerprint and a thumbnail each."
     def __init__(self):
         self.width, self.height, self.bytes, self.shorter, self.brightness, self.sharpness = (Counter() for _ in range(6))
         self.formats, self.modes, self.sizes, self.kinds, self.places, self.aspects = (Counter() for _ in range(6))
         self.hashes, self.paths, self.rows = Tape("uint64"), Tape("int64"), Tape("uint32")   # of each decoded picture: fingerprint, number for the path, row
+        self.pixels, self.looks = Tape("uint8"), Tape("int64")   # its thumbnail, and a number for both
     def __len__(self): return self.width.total()
 
 @patch
@@ -86,6 +97,14 @@ def add(self: Pictures, seen: list[tuple[int, str, Picture]]):
     self.hashes.add(np.array([p.hash for p in pictures], np.uint64))
     self.paths.add(np.array(list(map(hash, paths)), np.int64))
     self.rows.add(np.array(rows, np.uint32))
+    self.pixels.add(_pixels([p.thumbnail for p in pictures]))
+    self.looks.add(np.array([hash((p.hash, p.thumbnail)) for p in pictures], np.int64))
+
+def _pixels(thumbnails: list[str]):
+    "The bytes of thumbnails, one after the other."
+    import numpy as np
+    from base64 import b64decode
+    return np.frombuffer(b64decode("".join(thumbnails)), np.uint8)
 
 def _was_decoded(picture: Picture) -> bool:
     "Whether more than the header was looked at."
@@ -108,7 +127,7 @@ def _count(self: Pictures, pictures: list[Picture]):
     self.aspects.update(round(p.width / p.height, 2) for p in pictures)
     decoded = [p for p in pictures if _was_decoded(p)]
     self.brightness.update(round(p.brightness) for p in decoded)
-    self.sharpness.update(min(20_000, round(p.sharpness, 1 - len(str(int(p.sharpness))))) for p in decoded)   # two digits of it
+    self.sharpness.update(min(20_000, round(p.sharpness, 2 - len(str(int(p.sharpness))))) for p in decoded)   # two digits of it
 
 # %% ../nbs/06_survey.ipynb #06-survey-012
 def image_stats(pictures: list[Picture] | Pictures) -> dict:
@@ -122,20 +141,26 @@ def image_stats(pictures: list[Picture] | Pictures) -> dict:
     return {"pictures": len(pictures), **numbers, **shares}
 
 # %% ../nbs/06_survey.ipynb #06-survey-015
-def close_pairs(hashes, near: int = 4, window: int = 32) -> tuple:
-    "Pairs (rows of `hashes`) of fingerprints that differ in at most `near` bits, their distance, and the share of rows in lines longer than the window."
+def close_pairs(
+    hashes,  # fingerprints
+    near: int = 4,  # bits that may differ
+    window: int = 32,  # places in a line within which pairs are looked for
+    shade=None,  # how bright each is, to order those with an equal part
+    agree=None,  # called with the two sides of pairs that are close: which are to stay
+) -> tuple:
+    "Pairs (rows of `hashes`) of fingerprints that are close, their distance in bits, and the share of rows in lines longer than the window."
     import numpy as np
     cuts, found, long = [64 * k // (near + 1) for k in range(near + 2)], [np.zeros((0, 3), np.int64)], 0
     for low, high in zip(cuts, cuts[1:]):
         keys = hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys, kind="stable") if shade is None else np.lexsort((shade, keys))
         keys = keys[order]
         long += int((keys[window:] == keys[:-window]).sum())
-        found += _close_along(order, keys, hashes[order], near, window)
+        found += _close_along(order, keys, hashes[order], near, window, agree)
     pairs = np.unique(np.concatenate(found), axis=0)
     return pairs[:, :2], pairs[:, 2], long / max(len(hashes) * (near + 1), 1)
 
-def _close_along(order, keys, ranked, near: int, window: int) -> Iterator:
+def _close_along(order, keys, ranked, near: int, window: int, agree) -> Iterator:
     "Pairs and their distance among neighbours in a line that is sorted by `keys`."
     import numpy as np
     for step in range(1, min(window, len(keys) - 1) + 1):
@@ -143,28 +168,69 @@ def _close_along(order, keys, ranked, near: int, window: int) -> Iterator:
         if not len(same): return   # nobody has the same key as the one so many places on, so nobody has further on
         far = np.bitwise_count(ranked[same + step] ^ ranked[same])
         same, far = same[far <= near], far[far <= near]
-        yield np.column_stack([np.sort(np.stack([order[same], order[same + step]], 1), 1), far]).astype(np.int64)
+        sides = np.sort(np.stack([order[same], order[same + step]], 1), 1)
+        stay = agree(*sides.T) if agree else slice(None)
+        yield np.column_stack([sides, far])[stay].astype(np.int64)
 
-# %% ../nbs/06_survey.ipynb #06-survey-017
+# %% ../nbs/06_survey.ipynb #06-survey-018
+APART = 22   # of 255: the most by which a pixel of the thumbnails of pictures that look alike may differ
+
+def apart(a, b):
+    "How far thumbnails, each of some pixels in RGB, are from each other: the pixel that differs most, a common difference in brightness aside."
+    import numpy as np
+    d = a.astype(np.float32) - b
+    d -= d.mean((-2, -1), keepdims=True)
+    return np.sqrt((d * d).mean(-1)).max(-1)
+
+def _look_alike(one, other, some: int = 4096):
+    "A test of pairs for `close_pairs`: `one` and `other` give the thumbnails of the two sides. Only some are held at a time."
+    import numpy as np
+    def agree(i, j):
+        parts = [slice(k, k + some) for k in range(0, len(i), some)]
+        return np.concatenate([apart(one(i[part]), other(j[part])) <= APART for part in parts] or [np.zeros(0, bool)])
+    return agree
+
+# %% ../nbs/06_survey.ipynb #06-survey-021
 def alike(pictures: Pictures, near: int = 4) -> dict:
     "How many different files look like another one, in how many groups, and examples (pairs of rows with their distance in bits)."
     import numpy as np
-    if not len(pictures.hashes): return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near}
-    first = np.sort(np.unique(pictures.paths.read(), return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
-    hashes, rows = pictures.hashes.read()[first], pictures.rows.read()[first].astype(np.int64)
-    kinds, one, kind = np.unique(hashes, return_index=True, return_inverse=True)
-    pairs, far, long = close_pairs(kinds, near)
-    _, sizes = np.unique(join(np.arange(len(kinds)), pairs)[kind] if len(pairs) else kind, return_counts=True)
-    again = np.setdiff1d(np.arange(len(hashes)), one)[:20]   # with the very fingerprint of an earlier one
+    if not len(pictures.hashes): return {"files": 0, "alike": 0, "groups": 0, "largest": 0, "pairs": [], "not_compared": 0.0, "bits": near, "apart": APART}
+    files = np.sort(np.unique(pictures.paths.read(), return_index=True)[1])   # one row for each file; in their order, as Python's hashes of text differ from run to run
+    one, kind = _kinds(pictures, files)
+    thumbs, at, rows = _thumbnails(pictures), files[one], pictures.rows.read()[files].astype(np.int64)
+    seen = lambda i: thumbs[at[i]]
+    pairs, far, long = close_pairs(pictures.hashes.read()[at], near, shade=_shade(pictures)[at], agree=_look_alike(seen, seen))
+    _, sizes = np.unique(join(np.arange(len(one)), pairs)[kind], return_counts=True)
+    again = np.setdiff1d(np.arange(len(files)), one)[:20]   # to the last bit as an earlier one
     examples = [(int(rows[one[kind[i]]]), int(rows[i]), 0) for i in again]
     examples += [(int(rows[one[a]]), int(rows[one[b]]), int(d)) for (a, b), d in zip(pairs[:20].tolist(), far[:20])]
-    return {"files": len(hashes), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max(initial=0)),
-            "pairs": examples, "not_compared": long, "bits": near}
+    return {"files": len(files), "alike": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max(initial=0)),
+            "pairs": examples, "not_compared": long, "bits": near, "apart": APART}
 
-# %% ../nbs/06_survey.ipynb #06-survey-019
+# %% ../nbs/06_survey.ipynb #06-survey-022
+def _kinds(pictures: Pictures, files) -> tuple:
+    "Of these pictures the first of each look, in their order, and for each picture the place of its look among them."
+    import numpy as np
+    _, one, kind = np.unique(pictures.looks.read()[files], return_index=True, return_inverse=True)
+    order = np.argsort(one)
+    return one[order], np.argsort(order)[kind]
+
+def _thumbnails(pictures: Pictures):
+    "All thumbnails, each a row of pixels in RGB, on the disk."
+    import numpy as np
+    pictures.pixels.file.flush()
+    return np.memmap(pictures.pixels.file, np.uint8, "r", shape=(len(pictures.hashes), SIDE * SIDE, 3))
+
+def _shade(pictures: Pictures, some: int = 4096):
+    "The mean of each thumbnail, read a few at a time."
+    import numpy as np
+    size, n = 3 * SIDE * SIDE, len(pictures.hashes)
+    return np.concatenate([pictures.pixels.read(size * k, size * min(k + some, n)).reshape(-1, size).mean(1, np.float32) for k in range(0, n, some)])
+
+# %% ../nbs/06_survey.ipynb #06-survey-024
 FIELDS = ("id", "text", "images")
 COLUMNS = ("id", "reason", "caption", "pictures", "filled", "raw")
-_ALL_FILLED, _PLAIN_STARTS = (True, True, True), frozenset(string.ascii_letters + string.digits)
+_ALL_FILLED = True, True, True
 
 def _filled(row: object) -> tuple[bool, bool, bool]:
     "Which of the fields of a row are there and not empty (a conversation is text, one image is images)."
@@ -180,46 +246,48 @@ def _judged(row: object, problem: str, raw: str | None, root: Root, look) -> tup
     raw = _line(row) if raw is None or problem else raw
     return "" if reason else str(row["id"]), reason, "" if reason else caption_of(text), known, _filled(row), raw
 
-# %% ../nbs/06_survey.ipynb #06-survey-020
+# %% ../nbs/06_survey.ipynb #06-survey-025
 def _plain(row: tuple | None, line: bytes) -> tuple | None:
     "The same for a plain row that needs no look at its pictures and is sound; None if it has to be judged."
     if not row or not row[0].strip(): return None
     id, text, images = row
     caption = caption_of(text)
-    if caption[:1] not in _PLAIN_STARTS and is_blank(caption): return None
+    if is_blank(caption): return None
     if not images or count_images(text) != len(images): return None
     return id, "", caption, {}, _ALL_FILLED, line.decode()
 
 def _read(number: int, line: bytes) -> tuple:
     "The row in a line, what is wrong with it, and the line as text."
-    row, problem = parse_line(line, number)
-    return (unread(line), problem, "") if problem else (row, "", line.decode())
+    row, problem = read_line(line, number % SHARD)
+    return (row, problem, "") if problem else (as_row(row, number), "", line.decode())
 
-# %% ../nbs/06_survey.ipynb #06-survey-022
-_CUT = "\x1e"
-
-def _usual(lines: list[bytes]) -> tuple[list[str], list[str], list[str]] | None:
-    "Ids, captions and pictures of a batch whose rows all have the usual form and are sound but for their pictures; else None."
-    table, n = by_arrow(lines), len(lines)
+# %% ../nbs/06_survey.ipynb #06-survey-027
+def _usual(lines: Lines) -> tuple[list[str], list[str], object] | None:
+    "Ids, captions and pictures (an Arrow array) of a batch whose rows all have the usual form and are sound but for their pictures; else None."
+    import pyarrow.compute as pc
+    table = by_arrow(lines)
     if table is None or "conversations" in table.column_names: return None
-    ids, texts = (table[name].to_pylist() for name in ("id", "text"))
-    if None in ids or None in texts or not all(map(str.strip, ids)) or not _one_image_each(table["images"]): return None
-    text = _CUT.join(texts)
-    captions = text.removeprefix(IMAGE).removesuffix(END).split(END + _CUT + IMAGE)
-    usual = text.startswith(IMAGE) and text.endswith(END) and text.count("<") == 2 * n and text.count(_CUT) == n - 1 and len(captions) == n
-    captions = [c.strip() for c in captions]
-    if not usual or any(c[:1] not in _PLAIN_STARTS and is_blank(c) for c in captions): return None
-    return ids, captions, table["images"].combine_chunks().values
+    ids, texts, images = (table[name].combine_chunks() for name in ("id", "text", "images"))
+    if ids.null_count or texts.null_count or not _one_image_each(images): return None
+    if not pc.all(pc.starts_with(texts, IMAGE)).as_py() or not pc.all(pc.ends_with(texts, END)).as_py(): return None
+    captions = pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(texts, len(IMAGE), -len(END)))   # of white space, as Python's `strip`
+    if _some_blank(captions) or b"<" in captions.buffers()[2].to_pybytes() or not all(map(str.strip, ids := ids.to_pylist())): return None
+    return ids, captions.to_pylist(), images.values
+
+def _some_blank(captions) -> bool:
+    "Whether a person would see nothing of one of the captions; few do not begin with a plain letter or digit."
+    import pyarrow.compute as pc
+    odd = pc.invert(pc.ascii_is_alnum(pc.utf8_slice_codeunits(captions, 0, 1)))
+    return any(map(is_blank, captions.filter(odd).to_pylist()))
 
 def _one_image_each(images) -> bool:
     "Whether each list in an Arrow column holds one text."
     import numpy as np
-    lists = images.combine_chunks()
-    ends = np.frombuffer(lists.buffers()[1], np.int32, len(lists) + 1)
-    return not lists.null_count and not lists.values.null_count and bool((np.diff(ends) == 1).all())
+    ends = np.frombuffer(images.buffers()[1], np.int32, len(images) + 1)
+    return not images.null_count and not images.values.null_count and bool((np.diff(ends) == 1).all())
 
-# %% ../nbs/06_survey.ipynb #06-survey-023
-def _usual_rows(lines: list[bytes], look) -> dict[str, tuple] | None:
+# %% ../nbs/06_survey.ipynb #06-survey-028
+def _usual_rows(lines: Lines, look) -> dict[str, tuple] | None:
     "Columns of a batch whose rows all have the usual form (else None); `look` looks at one picture, and is None where none is looked at."
     if not (found := lines and _usual(lines)): return None
     ids, captions, images = found
@@ -235,26 +303,26 @@ def look_once(image: str, id: str, number: int, look) -> tuple[str, dict[str, Pi
     except Bad as e: return str(e), {}
     except Exception as e: return unchecked(e), {}
 
-# %% ../nbs/06_survey.ipynb #06-survey-024
+# %% ../nbs/06_survey.ipynb #06-survey-029
 def look_at_rows(
-    rows: list,  # (number, line) of a jsonl file, or (row, problem)
+    rows: Lines | list,  # lines of a jsonl file, or (row, problem)
     lines: bool,  # which of the two
     root: Root | str,
     depth: str = "full",
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, tuple]:
-    "Columns of a batch: id, reason (or an empty string), caption, pictures by path, which fields are filled, and the whole row as JSON."
+    "Columns of a batch: id, reason (or an empty string), caption, pictures by path, which fields are filled, and the whole row as JSON (text or bytes)."
     root = root if isinstance(root, Root) else Root(root)
     look = None if depth == "text" else lambda image: look_at(image, root, max_pixels, depth == "full", measure)
-    alone = [line for _, line in rows] if lines else []
-    with strict_pillow():
-        if found := _usual_rows(alone, look): return found
-        quick = plain_rows(alone) if alone and not look else [None] * len(rows)
+    with strict_pillow() if look else nullcontext():
+        if lines and (found := _usual_rows(rows, look)): return found
+        quick = plain_rows(rows) if lines and not look else [None] * len(rows)
+        todo = zip(rows.numbers.tolist(), rows) if lines else rows
         read = _read if lines else lambda row, problem: (row, problem, None)
-        found = [plain and _plain(plain, row[1]) or _judged(*read(*row), root, look or (lambda image: None)) for plain, row in zip(quick, rows)]
+        found = [plain and _plain(plain, row[1]) or _judged(*read(*row), root, look or (lambda image: None)) for plain, row in zip(quick, todo)]
     return dict(zip(COLUMNS, zip(*found))) if found else {name: () for name in COLUMNS}
 
-# %% ../nbs/06_survey.ipynb #06-survey-027
+# %% ../nbs/06_survey.ipynb #06-survey-032
 def count_rows(source: str | Path) -> int:
     "How many rows a file or folder of shards holds."
     return sum(_rows_in(file) for file in files_in(source))
@@ -270,39 +338,45 @@ def _of_lines(file) -> bool:
 
 def _has_lines(source) -> bool: return all(map(_of_lines, files_in(source)))
 
-def _items(source) -> Iterator[list[tuple]]:
-    "The rows as they are handed to a worker, some at a time: numbered lines where the format has them, else rows with their problem."
+def _items(source) -> Iterator[Lines | list[tuple]]:
+    "The rows as they are handed to a worker, some at a time: lines where the format has them, else rows with their problem."
     if not _has_lines(source): yield from ([item] for item in iter_rows(source)); return
-    for file in files_in(source): yield from line_blocks(file)
+    for k, file in enumerate(files_in(source)):
+        for block in line_blocks(file): yield Lines(block.text, block.cuts, block.numbers + k * SHARD)
 
-def _weight(items: list[tuple], lines: bool) -> int:
+def _weight(items: Lines | list[tuple]) -> int:
     "About how many bytes rows take."
-    if lines: return sum(len(line) for _, line in items)
+    if isinstance(items, Lines): return len(items.text)
     held = [row.get("images") for row, _ in items if isinstance(row, dict)]
     return sum(len(image) for images in held if isinstance(images, (list, tuple)) for image in images if isinstance(image, bytes))
 
-# %% ../nbs/06_survey.ipynb #06-survey-028
-def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[list, bool]]:
+def _some(items: Lines | list[tuple], places: list[int]) -> Lines | list[tuple]:
+    "Those of the rows that stand at some places."
+    kept = [items[i] for i in places]
+    return as_lines(kept, items.numbers[places]) if isinstance(items, Lines) else kept
+
+# %% ../nbs/06_survey.ipynb #06-survey-033
+def batches(source: str | Path, picked=None, size: int = 1000, room: int = 1 << 24) -> Iterator[tuple[Lines | list, bool]]:
     "Rows in batches of `size` (fewer where they are large), as lines where the format has them; only those numbered in `picked`, if given."
     lines, wanted, rows, held, seen = _has_lines(source), None if picked is None else set(picked), [], 0, 0
     for some in _items(source):
         first, seen = seen, seen + len(some)
-        if wanted is not None: some = [item for number, item in enumerate(some, first) if number in wanted]
-        rows += some
-        held += _weight(some, lines)
+        if wanted is not None: some = _some(some, [i for i in range(len(some)) if first + i in wanted])
+        rows = rows + some if len(rows) else some
+        held += _weight(some)
         while len(rows) >= size or held > room:
             yield rows[:size], lines
             rows, held = rows[size:], 0
-    if rows: yield rows, lines
+    if len(rows): yield rows, lines
 
-# %% ../nbs/06_survey.ipynb #06-survey-029
+# %% ../nbs/06_survey.ipynb #06-survey-034
 def rows_at(source: str | Path, numbers) -> dict[int, str]:
     "Rows of a file by their place, as JSON."
-    wanted, lines = set(numbers), _has_lines(source)
-    items = islice(enumerate(item for some in _items(source) for item in some), max(wanted, default=-1) + 1)
-    return {n: item[1].decode() if lines else _line(item[0]) for n, item in items if n in wanted}
+    wanted = set(numbers)
+    rows = islice(enumerate(row for some in _items(source) for row in some), max(wanted, default=-1) + 1)
+    return {n: row.decode() if isinstance(row, bytes) else _line(row[0]) for n, row in rows if n in wanted}
 
-# %% ../nbs/06_survey.ipynb #06-survey-031
+# %% ../nbs/06_survey.ipynb #06-survey-036
 def _as_pictures(batch: dict) -> dict:
     "A batch read back from its file, with its pictures as such again."
     return {**batch, "pictures": [{k: Picture(*p) for k, p in seen.items()} for seen in batch["pictures"]]}
@@ -343,7 +417,7 @@ def looked_at(
         finally:
             for left in waiting: left.cancel()
 
-# %% ../nbs/06_survey.ipynb #06-survey-033
+# %% ../nbs/06_survey.ipynb #06-survey-038
 class Seen:
     "The ids that were accepted so far, as sorted arrays that are merged as they grow."
     def __init__(self): self.parts = []
@@ -373,7 +447,7 @@ class Seen:
         while self.parts and 2 * len(numbers) >= len(self.parts[-1]): numbers = np.sort(np.concatenate([self.parts.pop(), numbers]))
         self.parts.append(numbers)
 
-# %% ../nbs/06_survey.ipynb #06-survey-036
+# %% ../nbs/06_survey.ipynb #06-survey-041
 SHOWN = {"by chance": "rows drawn by chance", "shortest": "fewest words", "longest": "most words", **RULES, "darkest": "least brightness", "brightest": "most brightness",
          "blurred": "least sharpness", "odd shape": "farthest from square"}
 
@@ -389,23 +463,31 @@ class Exploration:
         self.shown, self.held, self.depth = {name: [] for name in SHOWN}, {}, "full"
         self.numbers = Tape("uint32")   # for each accepted row its place among all
 
-# %% ../nbs/06_survey.ipynb #06-survey-037
+# %% ../nbs/06_survey.ipynb #06-survey-042
 @patch
 def add(self: Exploration, batch: dict) -> tuple[list[str], list[int], dict]:
     "Takes in a batch; returns the reason for each row (or an empty string), which rows are good, and their measures."
     import numpy as np
     reasons = list(batch["reason"])
-    good = [i for i, reason in enumerate(reasons) if not reason]
-    for i, again in zip(good, self.seen.again([batch["id"][i] for i in good])):
-        if again: reasons[i] = f"duplicate id: {batch['id'][i][:80]!a}"
-    good = [i for i, reason in enumerate(reasons) if not reason]
+    good = _without(reasons)
+    again = self.seen.again(_at(batch["id"], good))
+    for i in compress(good, again): reasons[i] = f"duplicate id: {batch['id'][i][:80]!a}"
+    if any(again): good = _without(reasons)
     first, self.rows, self.accepted = self.rows, self.rows + len(reasons), self.accepted + len(good)
     self._complete(batch, reasons)
-    measures = self.corpus.add([batch["caption"][i] for i in good])
+    measures = self.corpus.add(_at(batch["caption"], good))
     if any(batch["pictures"]): self.pictures.add([(first + i, path, p) for i in good for path, p in batch["pictures"][i].items()])
     self.numbers.add(np.array(good, np.uint32) + np.uint32(first))
     self._show(batch, good, first, measures)
     return reasons, good, measures
+
+def _without(reasons: list[str]) -> list[int]:
+    "The rows that there is no reason to refuse."
+    return list(compress(range(len(reasons)), map(not_, reasons)))
+
+def _at(column, rows: list[int]):
+    "What a column holds in some rows: the column itself if they are all."
+    return column if len(rows) == len(column) else [column[i] for i in rows]
 
 @patch
 def _complete(self: Exploration, batch: dict, reasons: list[str]):
@@ -415,7 +497,7 @@ def _complete(self: Exploration, batch: dict, reasons: list[str]):
     for filled, times in Counter(map(tuple, batch["filled"])).items(): self.filled = [n + times * there for n, there in zip(self.filled, filled)]
     self.reasons.update(reasons[i].split(":")[0] for i in rejected)
 
-# %% ../nbs/06_survey.ipynb #06-survey-039
+# %% ../nbs/06_survey.ipynb #06-survey-044
 @lru_cache
 def _schema():
     "The columns of rows.parquet."
@@ -433,7 +515,7 @@ def _about(p: Picture | None) -> dict:
     seen = {"width": p.width, "height": p.height, "aspect": p.width / p.height, "format": p.format, "mode": p.mode, "size": size_class(p), "bytes": p.bytes}
     return seen | {"brightness": p.brightness, "sharpness": p.sharpness, "fingerprint": f"{p.hash:016x}"} if _was_decoded(p) else seen
 
-# %% ../nbs/06_survey.ipynb #06-survey-040
+# %% ../nbs/06_survey.ipynb #06-survey-045
 def table_of(batch: dict, reasons: list[str], good: list[int], measures: dict):
     "The lines of a batch for rows.parquet, as an Arrow table."
     import numpy as np, pyarrow as pa
@@ -450,7 +532,7 @@ def refused(batch: dict, reasons: list[str]) -> list[str]:
     "The refused rows of a batch, whole and with their reason, as lines of JSON."
     return [_line(_with_reason(json.loads(raw), reason)) for raw, reason in zip(batch["raw"], reasons) if reason]
 
-# %% ../nbs/06_survey.ipynb #06-survey-041
+# %% ../nbs/06_survey.ipynb #06-survey-046
 def _scores(chance, measures: dict, pictures: list) -> dict:
     "How much each good row belongs among those shown of each kind; not a number where it does not at all."
     import numpy as np
@@ -475,10 +557,9 @@ def _show(self: Exploration, batch, good, first, measures):
         new = [(float(score[k]), first + good[k], batch["caption"][good[k]], _as_text(batch["raw"][good[k]])) for k in best]
         self.shown[name] = sorted([*shown, *new], key=lambda s: (-s[0], s[1]))[:self.n_shown]
 
-
 def _as_text(raw: str | bytes) -> str: return raw.decode() if isinstance(raw, bytes) else raw
 
-# %% ../nbs/06_survey.ipynb #06-survey-043
+# %% ../nbs/06_survey.ipynb #06-survey-048
 TEXT_BATCH = 10_000   # rows a batch where no picture is looked at
 
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -531,7 +612,7 @@ def _drawn(total: int, n: int, seed: int):
     import numpy as np
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False)).tolist()
 
-# %% ../nbs/06_survey.ipynb #06-survey-044
+# %% ../nbs/06_survey.ipynb #06-survey-049
 class _Files:
     "The files that grow as the rows go by, each whole or not there."
     def __init__(self, folder): self.folder = Path(folder)
@@ -548,7 +629,7 @@ class _Files:
         for file in (self.writer, self.lines): file.close()
         for path in self.paths: path.__exit__(*error)
 
-# %% ../nbs/06_survey.ipynb #06-survey-046
+# %% ../nbs/06_survey.ipynb #06-survey-051
 def of_gate(result: GateResult, root: str | Path = ".") -> Exploration:
     "The exploration of rows that have passed the gate already."
     found = Exploration(root)
@@ -565,7 +646,7 @@ def _passed(row: object, why: str, pictures: dict[str, Picture]) -> tuple:
     seen = {path: pictures[path] for path in row.get("images") or [] if isinstance(path, str) and path in pictures}
     return str(row["id"]), "", caption_of(text), seen, _filled(row), _line(row)
 
-# %% ../nbs/06_survey.ipynb #06-survey-048
+# %% ../nbs/06_survey.ipynb #06-survey-053
 def held_out_sets(root: str | Path) -> dict[str, list]:
     "The questions of the evaluation sets that lie in the data folder."
     from blip2mgm.tasks import read_mmbench, read_textvqa
@@ -577,39 +658,44 @@ def held_out_sets(root: str | Path) -> dict[str, list]:
 def leakage(found: Exploration, questions: list, near: int = 4, overlap: float = 0.8) -> dict:
     "How many pictures and questions of a held-out set have a near-duplicate in training, with examples."
     import numpy as np
-    hashes = _fingerprints_of(questions) if len(found.pictures.hashes) else {}
-    hits = _leaked(np.array([*hashes.values()], np.uint64), found, near) if hashes else {}
+    looks = _looks_of(questions) if len(found.pictures.hashes) else {}
+    hits = _leaked(looks, found.pictures, near) if looks else {}
     texts = list(dict.fromkeys(f"{q.question} {q.answers[0] if len(q.answers) > 1 else q.options.get(q.answers[0], '')}" for q in questions))
     held = Corpus(found.corpus.vocabulary)
     held.add(texts)
     found.corpus._learn()
-    said, places, names = leaks(held, found.corpus, overlap), found.numbers.read(), list(hashes)
+    said, places, names = leaks(held, found.corpus, overlap), found.numbers.read(), list(looks)
     return {"pictures": len(names), "pictures_seen": len(hits), "questions": len(texts), "questions_seen": len(said),
             "examples": [{"picture": names[i], "row": int(row), "bits": int(d)} for i, (row, d) in sorted(hits.items())[:20]],
             "texts": [{"held_out": texts[i], "row": int(places[j]), "overlap": x} for i, j, x in said[:20]]}
 
-def _fingerprints_of(questions: list) -> dict[str, int]:
-    "The fingerprint of each picture that is asked about; one that cannot be read is left to the evaluation's own gate."
+def _looks_of(questions: list) -> dict[str, tuple[int, str]]:
+    "Fingerprint and thumbnail of each picture that is asked about; one that cannot be read is left to the evaluation's own gate."
     out = {}
     for name, image in {q.image_id: q.image for q in questions}.items():
-        try: out[name] = measure(open_picture(image))[2]
+        try: out[name] = measure(open_picture(image))[2:]
         except Exception: pass
     return out
 
-# %% ../nbs/06_survey.ipynb #06-survey-049
-def _leaked(held, found: Exploration, near: int) -> dict:
-    "For each held-out fingerprint with a close one in training: the nearest row and its distance."
+# %% ../nbs/06_survey.ipynb #06-survey-054
+def _leaked(looks: dict, train: Pictures, near: int) -> dict[int, tuple[int, int]]:
+    "For each held-out picture (by its place) that looks like one in training: the row of the nearest, and its distance in bits."
     import numpy as np
-    train, rows, best = found.pictures.hashes.read(), found.pictures.rows.read(), {}
-    kinds, first = np.unique(train, return_index=True)
-    same = np.minimum(np.searchsorted(kinds, held), len(kinds) - 1)
-    for i in np.flatnonzero(kinds[same] == held).tolist(): best[i] = int(rows[first[same[i]]]), 0
-    pairs, far, _ = close_pairs(np.concatenate([held, kinds]), near)
+    prints, held, n, best = *zip(*looks.values()), len(looks), {}
+    held, thumbs, rows = _pixels(held).reshape(n, -1, 3), _thumbnails(train), train.rows.read()
+    at = _kinds(train, np.arange(len(rows)))[0]
+    same_look = _look_alike(lambda i: held[i], lambda j: thumbs[at[j - n]])
+    def agree(i, j):
+        stay = (i < n) & (j >= n)   # one of each side
+        stay[stay] = same_look(i[stay], j[stay])
+        return stay
+    shade = np.concatenate([held.mean((1, 2), np.float32), _shade(train)[at]])
+    pairs, far, _ = close_pairs(np.concatenate([np.array(prints, np.uint64), train.hashes.read()[at]]), near, shade=shade, agree=agree)
     for (i, j), d in zip(pairs.tolist(), far.tolist()):
-        if i < len(held) <= j and d < best.get(i, (0, 99))[1]: best[i] = int(rows[first[j - len(held)]]), d
+        if d < best.get(i, (0, 99))[1]: best[i] = int(rows[at[j - n]]), d
     return best
 
-# %% ../nbs/06_survey.ipynb #06-survey-051
+# %% ../nbs/06_survey.ipynb #06-survey-056
 def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, seed: int = 0, near: int = 4, overlap: float = 0.8) -> dict:
     "All figures: the gate's counts, completeness, captions, words and runs of words, pictures, near-duplicates, leakage."
     if isinstance(found, GateResult): found = of_gate(found)
@@ -626,7 +712,7 @@ def analyse(found: Exploration | GateResult, budget: int = 1000, top: int = 30, 
         "leakage": {name: leakage(found, questions, near, overlap) for name, questions in found.held.items()},
         "rules": {**RULES, "size_from_shorter_side": SIZES}}
 
-# %% ../nbs/06_survey.ipynb #06-survey-052
+# %% ../nbs/06_survey.ipynb #06-survey-057
 def _about_words(corpus: Corpus, budget: int, top: int, seed: int) -> dict:
     "Lengths, diversity, frequencies and the two laws of a corpus."
     import numpy as np

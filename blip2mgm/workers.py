@@ -11,7 +11,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from .core import set_threads
 
 # %% auto #0
-__all__ = ['begin_worker', 'Worker', 'Fresh', 'worker_pool', 'accelerator']
+__all__ = ['begin_worker', 'Worker', 'Fresh', 'worker_pool', 'search_path', 'accelerator']
 
 # %% ../nbs/06_workers.ipynb #06-workers-005
 def begin_worker(parent: int, stop) -> None:
@@ -53,6 +53,12 @@ def worker_pool(workers: int):
     return pool
 
 # %% ../nbs/06_workers.ipynb #06-workers-012
+def search_path() -> str:
+    "PYTHONPATH with this package in front."
+    from blip2mgm.core import package_dir
+    return os.pathsep.join(filter(None, (str(package_dir().parent), os.environ.get("PYTHONPATH"))))
+
+# %% ../nbs/06_workers.ipynb #06-workers-015
 def accelerator() -> str:
     "The device that this process puts its models on."
     import multiprocessing, torch

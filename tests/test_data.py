@@ -13,9 +13,11 @@ import pytest
 from PIL import Image, ImageFile
 
 from blip2mgm.core import UserError
-from blip2mgm.data import _plain_jpeg, Bad, decode, gate, header, iter_gate, open_picture, save_gate, strict_pillow
-from blip2mgm.formats import (caption_of, count_images, count_lines, count_parquet, iter_json, iter_rows, line_blocks, parse_line, plain_rows, read_dj, read_llava,
+from blip2mgm.data import _plain_jpeg, Bad, decode, gate, header, iter_gate, look_at, open_picture, Root, save_gate, strict_pillow
+from blip2mgm.survey import explore
+from blip2mgm.formats import (as_lines, caption_of, count_images, count_lines, count_parquet, iter_json, iter_rows, numbered_lines, parse_line, plain_rows, read_dj, read_llava,
                               text_of, write_dj, write_llava, write_parquet)
+from blip2mgm.survey import batches
 
 
 def picture(format="JPEG", size=(40, 30), mode="RGB", **kw):
@@ -250,6 +252,67 @@ def test_every_cut_of_a_jpeg_is_found():
             with pytest.raises(Exception, match="truncated"): decode(data[:at])
 
 
+def moving(format, **kw):
+    frames, buffer = [Image.effect_noise((40, 30), 30 * i + 20).convert("RGB") for i in range(3)], io.BytesIO()
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], **kw)
+    return buffer.getvalue()
+
+
+def turned(how, format):
+    im, buffer = Image.new("RGB", (40, 20), "red"), io.BytesIO()
+    exif = im.getexif()
+    exif[0x112] = how
+    im.save(buffer, format, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name, data, expected", [
+    ("big.tiff", picture("TIFF", big_tiff=True), ""), ("group4.tiff", picture("TIFF", mode="1", compression="group4"), ""), ("plain.ppm", b"P3\n2 2\n255\n" + b"255 0 0 " * 4, ""),
+    *((f"turned{k}.{f}", turned(k, f), "") for k in (5, 6, 7, 8) for f in ("JPEG", "PNG", "WEBP", "TIFF")), ("two.jpg", picture() + picture(), ""), ("two.mpo", moving("MPO"), ""),
+    ("cut.webp", moving("WEBP")[:-900], "truncated"), ("cut.apng", moving("PNG")[:-900], "truncated"),
+    ("lost_frame.apng", (lambda d: d[:d.rfind(b"fdAT") + 60] + d[-12:])(moving("PNG")), "truncated"), ("cut.tiff", moving("TIFF")[:-900], "truncated"),
+    ("mail.png", picture("PNG").replace(b"\r\n", b"\n"), "not an image"), ("crc.png", (lambda d: d[:60] + bytes([d[60] ^ 255]) + d[61:])(picture("PNG")), "truncated"),
+    ("bmw.jpg", b"BMW: a page that begins as a bitmap does", "not an image"), ("p5.jpg", b"P5 is a page", "not an image"),
+    ("error.jpg", b"\xef\xbb\xbf\n<!DOCTYPE HTML><html>", "a web page"), ("paper.jpg", b"%PDF-1.7\n", "a PDF"), ("drawing.svg", b"<?xml version='1.0'?><svg/>", "XML"),
+    ("phone.jpg", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"), ("film.jpg", b"\0\0\0\x18ftypmp42" + bytes(99), "a video"), ("icon.ico", picture("ICO"), "not an image"),
+    ("lfs.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"), ("zip.jpg", b"PK\x03\x04" + bytes(99), "zip"),
+])
+def test_files_that_only_look_like_pictures_and_the_other_way_round(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    for whole in (True, False):
+        try: seen = look_at(name, Root(tmp_path), whole=whole)
+        except Bad as e: assert expected and expected in str(e), e
+        else: assert not expected or not whole and expected == "truncated"
+    if "turned" in name: assert seen[:2] == (20, 40) and open_picture(tmp_path / name).size == (20, 40)
+
+
+def test_pictures_as_a_row_may_hold_them(root):
+    data = picture()
+    plain, urlsafe = b64encode(data).decode(), b64encode(data, b"-_").decode()
+    for image in (plain.rstrip("="), urlsafe, urlsafe.rstrip("="), "\n".join(plain[i:i + 76] for i in range(0, len(plain), 76)), f"DATA:image/jpeg;base64,{plain}", f"data:image/jpeg;charset=utf-8;base64,{urlsafe}",
+                  {"bytes": plain, "path": None}, {"bytes": data, "path": "x", "width": 40}, {"bytes": None, "path": "good.jpg", "sha": ""}, bytearray(data)):
+        assert reason(row("a", image), root) == "", image
+    for image, expected in ((plain[:len(plain) // 2 // 4 * 4], "truncated"), (plain[:101], "base64"), ({"bytes": [1, 2], "path": None}, "not a string"), ({}, "not a string"),
+                            ("data:image/svg+xml,%3Csvg/%3E", "base64"), (f"data:image/jpeg;base64,{plain[:50]}*{plain[51:]}", "base64")):
+        assert expected in reason(row("a", image), root), image
+
+
+@pytest.mark.parametrize("image, expected", [
+    ("line\nbreak.jpg", ""), ("back\\slash.jpg", ""), ("a%20c.jpg", ""), ("chain3.jpg", ""), ("./deep/../deep//er/good.jpg", ""), ("a%20b.jpg", "missing"), ("deep\\er\\good.jpg", "missing"),
+    ("file:///good.jpg", "missing"), ("C:/x/good.jpg", "missing"), ("s3://b/k.jpg", "missing"), ("\ufeffgood.jpg", "missing"), (" good.jpg", "missing"), ("chain_out2.jpg", "outside"),
+])
+def test_odd_paths(root, image, expected):
+    for name in ("line\nbreak.jpg", "back\\slash.jpg", "a%20c.jpg"): (root / name).write_bytes(GOOD["good.jpg"])
+    for name, to in {"chain1.jpg": "good.jpg", "chain2.jpg": "chain1.jpg", "chain3.jpg": "chain2.jpg", "chain_out1.jpg": "../secret.jpg", "chain_out2.jpg": "chain_out1.jpg"}.items():
+        if not (root / name).is_symlink(): (root / name).symlink_to(to)
+    assert expected in reason(row("a", image), root) and bool(expected) == bool(reason(row("a", image), root))
+
+
+@pytest.mark.parametrize("caption", ["\u0301", "\ufe0f", "\u202e\u202c", "\U000e0041", "\u00ad", "\0\0", "\u2800\u3164"])
+def test_captions_that_show_nothing(root, caption):
+    assert "blank" in reason(row("a", "good.jpg", text=text_of(caption)), root)
+
+
 # formats
 
 TSV = "a red bus\tgood.jpg\nonly one cell\n\ta.jpg\n"
@@ -315,6 +378,77 @@ def test_pictures_inside_rows(root, tmp_path):
 def test_broken_files_are_one_message(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=expected): list(iter_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("name, data, captions, reasons", [
+    ("a.tsv", b"caption\tcaption\timage\na\tb\tgood.jpg\n", None, "two columns named 'caption'"), ("a.csv", b"Image,image,caption\ngood.jpg,x.jpg,a bus\n", None, "two columns named 'image'"),
+    ("b.csv", b"Image, Caption \r\ngood.jpg,a bus\r\n\r\n,,\r\n", ["a bus"], []), ("b.tsv", b"\xef\xbb\xbfCaption\tTEXT\tfilename\na bus\tb\tgood.jpg\n", ["a bus"], []),
+    ("flickr.csv", b"image_name| comment_number| comment\ngood.jpg| 0| A bus , red .\n", ["A bus , red ."], []), ("nul.csv", b"caption,image\na\0bus,good.jpg\n", ["a\0bus"], []),
+    ("picture.csv", b"caption,image\na bus," + b64encode(picture(size=(600, 500))) + b"\n", ["a bus"], []), ("utf16.tsv", "caption\timage\na\tgood.jpg\n".encode("utf-16"), [], ["not UTF-8", "unreadable file", "bad table row"]),
+    ("names.jsonl", b'{"id": 1, "caption": "a bus", "image": "good.jpg"}\n{"file_name": "good.jpg", "caption": "a car"}\n{"image_id": "1", "text": "x", "image": "good.jpg"}\n', ["a bus", "a car"], ["duplicate id"]),
+    ("same.jsonl", b"".join(b'{"id": %s, "text": "<image> a", "images": ["good.jpg"]}\n' % i for i in (b"1", b'"1"', b"1.0", b'"\\u0031"', b'"\\u00e9"', b'"e\\u0301"')), ["a", "a", "a"], ["duplicate id", "odd id", "duplicate id"]),
+    ("utf16.jsonl", '{"id": 1}\n'.encode("utf-16"), [], ["not UTF-8", "bad JSON"]), ("utf16.json", "[]".encode("utf-16"), None, "not UTF-8"), ("lines.json", b'{"id": 1}\n{"id": 2}\n', None, "named .jsonl"),
+    ("two.jsonl.gz", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n') + gzip.compress(b'{"id": 2, "caption": "b", "image": "good.jpg"}\n') + bytes(9), ["a", "b"], []),
+    ("LOUD.JSONL.GZ", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n'), ["a"], []), ("junk.jsonl.gz", gzip.compress(b"{}\n") + b"junk", None, "damaged"),
+    ("two.jsonl.zst", pa.compress(b"{}\n", codec="zstd", asbytes=True) * 2, [], ["no id"] * 2), ("junk.jsonl.zst", pa.compress(b"{}\n", codec="zstd", asbytes=True) + b"junk", None, "damaged"),
+])
+def test_odd_tables_and_lines(root, tmp_path, name, data, captions, reasons):
+    (tmp_path / name).write_bytes(data)
+    if captions is None:
+        with pytest.raises(UserError, match=reasons): gate(tmp_path / name, root)
+        return
+    result, found = gate(tmp_path / name, root), explore(tmp_path / name, root, "shape", workers=1)
+    assert [caption_of(r["text"]) for r in result.accepted] == captions and [r["reason"].split(":")[0] for r in result.rejected] == reasons
+    assert (found.rows, found.accepted, dict(found.reasons)) == (result.rows, len(captions), result.counts())
+
+
+def test_odd_columns_of_parquet(root, tmp_path):
+    data, path = picture(), tmp_path / "a.parquet"
+    def read(*columns, **named):
+        pq.write_table(pa.Table.from_arrays(*columns) if columns else pa.table(named), path)
+        result = gate(path, root)
+        assert count_parquet(path) == result.rows == len(result.accepted) + len(result.rejected)
+        return [caption_of(r["text"]) for r in result.accepted], [r["reason"].split(":")[0] for r in result.rejected]
+    two = ["good.jpg"] * 2
+    assert read(caption=pa.array(["a", "b"]).dictionary_encode(), image=pa.array(["good.jpg", "gone.jpg"]).dictionary_encode()) == (["a"], ["missing file"])
+    assert read(caption=pa.array(["a"], pa.string_view()), image=pa.array([data], pa.binary_view())) == (["a"], [])
+    assert read(id=pa.array(["a", "b"], pa.large_string()), text=pa.array([text_of("a"), None]), images=pa.array([two[:1], None], pa.large_list(pa.large_string()))) == (["a"], ["null text"])
+    assert read(id=pa.array([0], pa.timestamp("ns", tz="UTC")), caption=["a"], image=two[:1], map=pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), raw_base64=[b"\xff\0"]) == (["a"], [])
+    assert read(caption=["a"] * 4, image=[{"bytes": data, "path": None}, {"bytes": None, "path": "good.jpg"}, {"bytes": None, "path": None}, None]) == (["a", "a"], ["image path is not a string", "no image"])
+    assert read(caption=[["a", "b"], []], image=two) == ([], ["text is not a string"] * 2) and read(caption=pa.nulls(2), image=two) == ([], ["null text"] * 2)
+    assert read(caption=pa.array([b"a", b"\xff", b"b"]).view(pa.string()), image=two + two[:1]) == (["a", "b"], ["not UTF-8"])
+    assert read(id=pa.array([2**63, 1], pa.uint64()), caption=["a", "b"], image=two) == (["a", "b"], []) and read(caption=pa.array([], pa.string())) == ([], [])
+    with pytest.raises(UserError, match="two columns named 'caption'"): read([pa.array(["a"])] * 2, ["caption", "caption"])
+
+
+def test_odd_members_of_a_shard(root, tmp_path):
+    data = picture()
+    def read(*members, name="a.tar", mode="w"):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                if isinstance(content, tuple): info.type, info.linkname = content
+                else: info.size = len(content)
+                tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+        result = gate(tmp_path / name, root)
+        assert result.rows == len(result.accepted) + len(result.rejected)
+        return [(r["id"], caption_of(r["text"]), len(r["images"])) for r in result.accepted], [r["reason"].split(":")[0] for r in result.rejected]
+    a = ("a.jpg", data), ("a.txt", b"\xef\xbb\xbfa bus\r\n")
+    assert read(*a, name="a.tgz", mode="w:gz") == ([("a", "a bus", 1)], [])
+    assert read(("../../e.jpg", data), ("../../e.txt", b"a"), ("/etc/f.jpg", data), ("/etc/f.txt", b"b")) == ([("../../e", "a", 1), ("/etc/f", "b", 1)], []) and not (tmp_path.parent / "e.jpg").exists()
+    assert read(*a, ("b.jpg", (tarfile.LNKTYPE, "a.jpg")), ("b.txt", b"b"), ("c.jpg", (tarfile.SYMTYPE, "/etc/passwd")), ("c.txt", b"c")) == ([("a", "a bus", 1)], ["member is no plain file"] * 2)
+    assert read(*a, ("a.npy", b"x"), ("a.mp3", b"x"), ("a.mask.png", data), ("._a.jpg", b"\0\5"), (".DS_Store", b"x"), ("d", (tarfile.DIRTYPE, ""))) == ([("a", "a bus", 1)], [])
+    assert read(("a.jpg", b""), ("a.txt", b"a"), ("b.jpg", data), ("b.txt", b""), ("c.jpg", data), ("c.jpg", data), ("c.txt", b"c"), ("d.heic", b"no picture"), ("d.txt", b"d")) == (
+        [], ["empty file", "blank text", "member is there twice", "not an image"])
+    assert read(("x" * 200 + "/\u00e9\n.jpg", data), ("x" * 200 + "/\u00e9\n.json", b'\xef\xbb\xbf{"caption": "a"}')) == ([("x" * 200 + "/\u00e9\n", "a", 1)], []) and read() == ([], [])
+
+
+@pytest.mark.parametrize("write", [lambda p, k: p.with_suffix(".tsv").write_text(f"bus {k}\tgood.jpg\n"), lambda p, k: p.with_suffix(".jsonl").write_text(json.dumps({"caption": f"bus {k}", "image": "good.jpg"})),
+                                   lambda p, k: pq.write_table(pa.table({"caption": [f"bus {k}"], "image": ["good.jpg"]}), p.with_suffix(".parquet"))])
+def test_rows_without_ids_get_one_in_every_shard(root, tmp_path, write):
+    for k in range(3): write(tmp_path / f"part{k}", k)
+    result, found = gate(tmp_path, root), explore(tmp_path, root, "shape", workers=1, folder=tmp_path / "out")
+    assert [r["id"] for r in result.accepted] == ["row0000001", "row0000001.1", "row0000001.2"] == pq.read_table(tmp_path / "out" / "rows.parquet")["id"].to_pylist() and found.accepted == 3
 
 
 def test_shards_of_a_folder(root, tmp_path):
@@ -384,10 +518,14 @@ def test_plain_rows_say_what_the_strict_reader_says():
         for _ in range(rng.randrange(4)): line[(at := rng.randrange(len(line))):at + rng.randrange(2)] = rng.choice(pieces)
         return "".join(line).strip().encode() or b"{"
     lines = [broken() for _ in range(800)]
-    found = plain_rows(lines, least=1)
+    found = plain_rows(as_lines(lines), least=1)
     for line, row in zip(lines, found):
         if row: assert parse_line(line, 1)[0] is not None and tuple(parse_line(line, 1)[0].get(k) for k in ("id", "text", "images")) == row
     assert sum(map(bool, found)) > 100
+    for value in ("NaN", "-Infinity", '{"a": NaN}', "[NaN]"):
+        for name in ("id", "text", "images", "more"):
+            odd = json.dumps({"id": "a", "text": "b", "images": ["c"], "more": 1} | {name: 0}).replace(": 0", f": {value}")
+            assert plain_rows(as_lines([odd.encode()])) == [None], odd
 
 
 def test_lines_are_counted_as_they_are_read(tmp_path):
@@ -396,7 +534,9 @@ def test_lines_are_counted_as_they_are_read(tmp_path):
         text = b"".join(rng.choices([b"\n", b"\r\n", b" ", b"\t", b"{}", b"\xef\xbb\xbf", b"abc", b"\x0c"], k=size))
         (tmp_path / "a.jsonl").write_bytes(text)
         plain = [(n, line.strip(b" \t\r\n")) for n, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1) if line.strip(b" \t\r\n")]
-        assert [item for block in line_blocks(tmp_path / "a.jsonl") for item in block] == plain and count_lines(tmp_path / "a.jsonl") == len(plain)
+        assert list(numbered_lines(tmp_path / "a.jsonl")) == plain and count_lines(tmp_path / "a.jsonl") == len(plain)
+        cut = [rows for rows, _ in batches(tmp_path / "a.jsonl", size=3, room=40)]
+        assert [item for rows in cut for item in zip(rows.numbers.tolist(), rows)] == plain and [rows[i] for rows in cut for i in range(len(rows))] == [line for _, line in plain]
 
 
 def test_the_short_way_through_a_jpeg_says_what_pillow_says():

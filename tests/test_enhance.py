@@ -11,17 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import blip2mgm.recipe as recipe_module
 from blip2mgm.arms import ARMS, arm_lines, check_account, fates, lineage_rows, operator_table, rejections, trace, write_arm, write_lineage
 from blip2mgm.changes import caption_sets, change_stats, mentions, shift_rows, with_scenes
-from blip2mgm.core import ConfigError, UserError, project_root, read_json, read_jsonl, read_yaml, weights_dir
+from blip2mgm.core import ConfigError, UserError, project_root, read_json, read_jsonl, read_yaml, weights_dir, write_json
 from blip2mgm.data import gate
 from blip2mgm.formats import caption_of, text_of
 from blip2mgm.enhance import EnhanceConfig
 from blip2mgm.mapper import lately
-from blip2mgm.recipe import CAPTIONER, MEMORY, SPACY, data_driven, dj_fingerprint, environment, filters_only, language_steps, operators, resolve_recipe, run_recipe, what_failed, without_spacy
+from blip2mgm.recipe import CAPTIONER, MEMORY, SPACY, data_driven, dj_fingerprint, environment, filters_only, language_steps, operators, read_rows, resolve_recipe, result_file, run_recipe, what_failed, without_spacy
 
 ROOT = project_root()
 RECIPE = ROOT / "params/recipes/blip2_enhanced.yaml"
@@ -86,13 +87,16 @@ def test_resolved_recipe(recipe, tmp_path):
     assert all(Path(p).is_absolute() for p in made["custom_operator_paths"] + [made["dataset_path"], made["export_path"]])
 
 
+def kept_rows(folder): return read_rows(result_file(folder)).to_pylist()
+
+
 @needs_weights
 def test_every_row_is_accounted_for(run, gated, recipe):
     folder, lines = run
     counts = check_account(lines, gated.rows)
     assert counts["rejected"] == len(gated.rejected) == 7 and counts["kept"] > 0
     table = operator_table(recipe, lines)
-    assert table[0]["before"] == len(gated.accepted) and table[-1]["after"] == counts["kept"] == len(read_jsonl(folder / "job/rows.jsonl"))
+    assert table[0]["before"] == len(gated.accepted) and table[-1]["after"] == counts["kept"] == len(kept_rows(folder))
     assert all(a["after"] == b["before"] for a, b in zip(table, table[1:]))
     with pytest.raises(AssertionError):
         check_account(lines[1:], gated.rows)
@@ -133,7 +137,7 @@ def test_ray_makes_the_same(run, gated, world, recipe, tmp_path, executor, batch
     steps = [{name: p | ({"model_batch": batch, "batch_size": 8} if name == CAPTIONER else {})} for name, p in operators(recipe)]
     folder = run_recipe(gated.accepted, world, recipe | {"process": steps}, tmp_path / "dj", executor=executor)
     assert fates(gated.accepted, folder, recipe) + rejections(gated.rejected) == run[1]
-    assert [r["id"] for r in read_jsonl(folder / "job/rows.jsonl")] == [r["id"] for r in read_jsonl(run[0] / "job/rows.jsonl")]
+    assert [r["id"] for r in kept_rows(folder)] == [r["id"] for r in kept_rows(run[0])]
     assert lately(tmp_path / MEMORY)[0] == len(gated.accepted)
 
 
@@ -232,7 +236,7 @@ def test_unchanged_is_reused_and_changed_is_not(run, gated, world, recipe, tmp_p
     assert dj_fingerprint(rows, world, recipe, str(other)) != base   # one bit of them
     copy = shutil.copytree(folder, tmp_path / "dj")
     run_recipe(rows, world, recipe, copy, captioner=str(other))
-    assert len(asked) == 1 and not (copy / "job/rows.jsonl").exists()
+    assert len(asked) == 1 and not result_file(copy).exists()
     tighter = recipe | {"process": [{name: p | ({"min_num": 7} if name == "words_num_filter" else {})} for name, p in operators(recipe)]}
     assert dj_fingerprint(rows, world, tighter) != base != dj_fingerprint(rows[:-1], world, recipe)
     moved = shutil.copytree(world, tmp_path / "world")
@@ -283,7 +287,7 @@ def test_killed_it_ends_in_the_same(run, gated, world, recipe, tmp_path):
     written = lately(tmp_path / MEMORY)[0]
     assert written > 0
     folder = run_recipe(gated.accepted, world, recipe, tmp_path / "dj")
-    assert (folder / "job/rows.jsonl").read_text() == (run[0] / "job/rows.jsonl").read_text()
+    assert result_file(folder).read_bytes() == result_file(run[0]).read_bytes()
     assert lately(tmp_path / MEMORY)[0] == len(gated.accepted)   # a caption written again would have a new number
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".dj")] == []
 
@@ -386,17 +390,49 @@ def test_sentiment_from_a_local_model(world, gated, feelings, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     made = data_driven(explored(tmp_path), tmp_path / "recipe.yaml", ROOT / "params/recipes/basic.yaml", str(feelings))
     (tmp_path / "job").mkdir()
-    command = [sys.executable, Path(sys.executable).parent / "dj-process", "--config", made, "--dataset_path", tmp_path / "in.jsonl", "--export_path", tmp_path / "job/rows.jsonl"]
+    command = [sys.executable, Path(sys.executable).parent / "dj-process", "--config", made, "--dataset_path", tmp_path / "in.jsonl", "--export_path", result_file(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = fates(rows, tmp_path, read_yaml(made))
     assert all(line["status"] == "kept" and line["stats"]["query_sentiment_label"] in ("negative", "positive") and 0.5 <= line["stats"]["query_sentiment_label_score"] <= 1 for line in lines)
 
 
+def small_spacy(folder):
+    "The archive that Data-Juicer looks for, with a tagger and a parser that know six words"
+    import tarfile
+    import spacy
+    from spacy.training import Example
+    nlp, name = spacy.blank("en"), SPACY.removesuffix(".tar.gz")
+    for pipe, how in (("tagger", {}), ("morphologizer", {}), ("parser", {"min_action_freq": 1})):
+        nlp.add_pipe(pipe, config=how)
+    known = [("a red bus", "DT JJ NN", "DET ADJ NOUN", [2, 2, 2], "det amod ROOT"), ("very quickly", "RB RB", "ADV ADV", [1, 1], "advmod ROOT")]
+    examples = [Example.from_dict(nlp.make_doc(text), {"words": text.split(), "tags": tags.split(), "pos": kinds.split(), "heads": heads, "deps": deps.split()}) for text, tags, kinds, heads, deps in known]
+    nlp.initialize(lambda: examples)
+    for _ in range(20):
+        nlp.update(examples)
+    nlp.to_disk(folder / "made")
+    with tarfile.open(folder / SPACY, "w:gz") as archive:
+        archive.add(folder / "made", f"{name}/en_core_web_md/{name}")
+
+
+def test_entities_from_a_local_model(world, gated, tmp_path, monkeypatch):
+    "A recipe with the operator runs in plain dj-process: a caption that names nothing is dropped, and the lineage knows by what"
+    pytest.importorskip("spacy"), pytest.importorskip("spacy_pkuseg")
+    small_spacy(tmp_path)
+    monkeypatch.setenv("DATA_JUICER_EXTERNAL_MODELS_HOME", str(tmp_path))
+    rows = [{"id": i, "text": text_of(c), "caption": c, "images": [str(world / gated.accepted[-1]["images"][0])]} for i, c in enumerate(["a red bus", "very quickly"])]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r | {"id": str(r["id"])}) + "\n" for r in rows))
+    recipe = {"project_name": "entities", "process": [yaml.safe_load(language_steps())[0]], "np": 1, "skip_op_error": False, "strict_preflight": False}
+    write_json(tmp_path / "recipe.yaml", resolve_recipe(recipe, tmp_path, rows=2))
+    done = subprocess.run([sys.executable, Path(sys.executable).parent / "dj-process", "--config", tmp_path / "recipe.yaml"], capture_output=True, text=True, env=environment(1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(line["by"], line["stats"]) for line in fates(rows, tmp_path, recipe)] == [("", {"num_dependency_edges": 2}), ("text_entity_dependency_filter", {"num_dependency_edges": []})]
+
+
 def test_what_has_no_model_is_left_out_and_says_so(tmp_path, monkeypatch):
     made = data_driven(explored(tmp_path), tmp_path / "recipe.yaml", sentiment=str(tmp_path / "nowhere"))
     assert f"query_sentiment_detection_mapper is left out: {tmp_path}/nowhere is not a folder with a model" in made.read_text()
-    assert "text_entity_dependency_filter is left out: spacy" in made.read_text()
+    assert f"text_entity_dependency_filter is left out: {without_spacy()}" in made.read_text()
     assert [n for n, _ in operators(read_yaml(made))] == [n for n, _ in operators(read_yaml(ROOT / "params/recipes/data_driven.yaml"))]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert without_spacy().startswith("en_core_web_md")

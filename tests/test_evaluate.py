@@ -5,7 +5,7 @@ import pytest, yaml
 from PIL import Image, ImageDraw
 from blip2mgm.core import ConfigError, UserError, read_json, read_jsonl, write_json, write_jsonl
 from blip2mgm.evaluate import EvaluateConfig, ask_about, evaluate
-from blip2mgm.scores import answer_gallery, choose, conclusion, plot_by_type, score_matrix, score_rows, type_rows
+from blip2mgm.scores import answer_gallery, browse_answers, choose, conclusion, plot_by_type, score_matrix, score_rows, type_rows
 from blip2mgm.tasks import MMBENCH, TEXTVQA
 
 FIELDS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
@@ -132,6 +132,10 @@ def test_tables_and_figures(world):
     assert table[0]["arm"] == "(majority answer)" and len(table) == 8
     assert type_rows(result, "textvqa")[-1]["n"] == 4 and all(isinstance(s, str) for s in conclusion(result))
     answers = read_jsonl(folder/"raw"/"seed0"/"textvqa"/"answers.jsonl")
-    assert len(choose(answers, 9, True)) + len(choose(answers, 9, False)) == 4
+    assert len(choose(answers, 9)) == 4 and len(choose(answers, 3)) == 3
+    asked = {"textvqa": ask_about(Path(cfg.data), cfg)["textvqa"]}
+    hostile = {arm: {"textvqa": [a | {"text": "<script>alert(1)</script>"} if arm == "other" else a for a in answers]} for arm in ("raw", "other")}
+    shown = browse_answers(asked, hostile)
+    assert "other: &lt;script&gt;" in shown._repr_html_() and "<script" not in shown._repr_html_() and "raw: " in repr(shown) and 2 <= sum(map(len, shown.kinds.values())) <= 4
     assert plot_by_type(result, "textvqa").get_title("left") == "textvqa"
     assert len(answer_gallery(ask_about(Path(cfg.data), cfg)["textvqa"], answers, 4).axes) == 8

@@ -2,19 +2,21 @@
 import io
 import json
 import random
+from base64 import b64encode
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from blip2mgm import survey as module
 from blip2mgm.cli import main
 from blip2mgm.core import ConfigError, UserError
-from blip2mgm.data import Picture, gate
-from blip2mgm.formats import text_of, write_dj
+from blip2mgm.data import Picture, decode, gate
+from blip2mgm.formats import as_lines, text_of, write_dj
 from blip2mgm.explore import ExploreConfig, conclusion, diversity_table, measures, plot_alike, plot_flags, plot_gallery, plot_images, plot_lengths, plot_saturation, plot_words, preview, share_interval
 from blip2mgm.corpus import corpus_of
+from blip2mgm.pictures import draw, make_scene
 from blip2mgm.survey import Pictures, Seen, alike, analyse, close_pairs, count_rows, explore, fingerprint, image_stats, leakage, measure
 from blip2mgm.tasks import Question
 
@@ -59,8 +61,9 @@ def test_a_gates_result_gives_the_same(folder):
 
 def large(folder, n=4500):
     rng = random.Random(1)
+    for i in range(3): Image.effect_noise((60 + i, 50), 60).save(folder / f"small{i}.jpg")
     text = lambda: " ".join(rng.choices("red blue bus sign road tree on the by near".split(), k=rng.randint(3, 12)))
-    rows = [{"id": f"r{i}", "text": text_of(text()), "images": [f"{i % 3}.jpg"]} for i in range(n)]
+    rows = [{"id": f"r{i}", "text": text_of(text()), "images": [f"small{i % 3}.jpg"]} for i in range(n)]
     rows[1234]["text"], rows[4000]["id"] = None, "r7"
     return write_dj(folder / "large.jsonl", rows)
 
@@ -112,6 +115,12 @@ def test_nothing_to_measure():
     for fig in (plot_lengths(corpus_of([])), plot_words(corpus_of([])), plot_images(Pictures()), plot_flags(empty), plot_saturation({"a": []})): fig.savefig(io.BytesIO(), format="png")
 
 
+def test_sharpness_is_counted_by_two_digits():
+    pictures = Pictures()
+    pictures.add([(k, str(k), Picture(9, 9, "PNG", "L", 9, 1.0, x)) for k, x in enumerate((0.4, 7.2, 42.0, 523.0, 1284.0, 123456.0))])
+    assert sorted(pictures.sharpness) == [0.4, 7.2, 42, 520, 1300, 20_000]
+
+
 def test_size_classes():
     stats = image_stats([Picture(224, 5000, "PNG", "P", 1), Picture(223, 5000, "PNG", "P", 1), Picture(1024, 2000, "JPEG", "RGB", 1)])
     assert set(stats["sizes"]) == {"small", "medium", "very large"}
@@ -145,6 +154,30 @@ def test_examples_of_alike_files_come_in_the_order_of_the_rows():
     pictures, same = Pictures(), Picture(9, 9, "PNG", "L", 9, 1.0, 1.0, 7)
     pictures.add([(row, path, same) for row, path in enumerate((30, 20, 10))])   # numbers as paths: Python's hash of a text is another in each run
     assert alike(pictures)["pairs"] == [(0, 1, 0), (0, 2, 0)]
+
+
+def test_copies_look_alike_and_flat_drawings_do_not(tmp_path):
+    "Copies saved anew, shrunk, brighter or as PNG are found, in another order of files too; drawings with the same fingerprint and other things in them are not."
+    rng, pictures, seen = random.Random(3), Pictures(), []
+    scenes = [draw(make_scene(rng), rng, (200, 180)) for _ in range(300)]
+    copies = [lambda im: im, lambda im: im.resize((100, 90)), lambda im: ImageEnhance.Brightness(im).enhance(0.92), lambda im: im.crop((1, 1, 199, 179))]
+    for k, im in enumerate([*scenes, *(copies[k % 4](im) for k, im in enumerate(scenes[:40]))]):
+        im.save(buffer := io.BytesIO(), "PNG" if k % 8 == 4 else "JPEG", quality=40 + k % 50)
+        seen.append((k, str(k), decode(buffer.getvalue(), measure=measure)))
+    pictures.add(rng.sample(seen, len(seen)))
+    found, hashes = alike(pictures), np.array([p.hash for _, _, p in seen[:300]], np.uint64)
+    assert len(close_pairs(hashes)[0]) > 10 and 34 <= found["groups"] <= 44 and found["largest"] <= 3 and found["alike"] <= 90
+    assert sum(abs(a - b) == 300 for a, b, _ in found["pairs"]) >= 0.9 * len(found["pairs"])
+
+
+def test_copies_are_found_among_thousands_with_one_fingerprint():
+    "A line of the same fingerprint is far longer than the window; a copy stands beside its like in it."
+    rng, pictures = np.random.default_rng(4), Pictures()
+    looks = (rng.uniform(20, 235, (3000, 1, 1, 3)) + rng.uniform(-20, 20, (3000, 12, 12, 3))).astype(np.uint8)
+    looks = np.concatenate([looks, looks[:100] + rng.integers(0, 2, (100, 12, 12, 3), np.uint8)])
+    pictures.add([(k, str(k), Picture(9, 9, "PNG", "RGB", 9, 1.0, 1.0, 7, b64encode(look.tobytes()).decode())) for k, look in enumerate(looks)])
+    found = alike(pictures)
+    assert 95 <= found["groups"] <= 100 and found["largest"] == 2 and found["not_compared"] > 0.9
 
 
 def test_leakage(folder):
@@ -189,8 +222,8 @@ def test_rows_in_the_usual_form_are_judged_as_all_others(folder, monkeypatch, de
     "A batch of usual rows takes a shorter way, which says the same; one odd row, and the whole batch takes the longer one."
     rng, captions = random.Random(2), [*CAPTIONS, "\u00e9t\u00e9 au lac", "(a bus)", "\u200b", "\u2003 .", "a\x1eb", "  spaces  ", "< a"]
     row = lambda i: json.dumps({"id": f"r{i}", "text": text_of(rng.choice(captions)), "images": [rng.choice(["0.jpg", "none.jpg", "../0.jpg", ""])], "more": i}).encode()
-    batch = [(i, row(i)) for i in range(60)]
-    batches = [batch, *([item] for item in batch)]
+    batch = as_lines(map(row, range(60)))
+    batches = [batch, *(batch[i:i + 1] for i in range(60))]
     short = [module.look_at_rows(rows, True, folder, depth) for rows in batches]
     monkeypatch.setattr(module, "_usual", lambda lines: None)
     monkeypatch.setattr(module, "plain_rows", lambda lines: [None] * len(lines))

@@ -15,7 +15,7 @@ import pytest
 from conftest import PYTHON, ROOT
 from PIL import Image
 
-from blip2mgm import own
+from blip2mgm import enhance, own
 from blip2mgm.core import UserError, inside
 from blip2mgm.data import gate
 from blip2mgm.formats import text_of
@@ -107,6 +107,14 @@ def test_init_takes_nothing_from_outside_and_writes_nothing_there(photos, tmp_pa
     assert {p.name for p in tmp_path.iterdir()} | {p.name for p in photos.iterdir()} == before | {"made"}
 
 
+def test_galleries_of_changed_captions_show_text_as_text(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    line = {"id": "a", "status": "filtered", "by": "text_length_filter", "raw_caption": "<script>1</script>", "final_caption": "<img src=x>", "stats": {"text_len": 7}}
+    page = enhance.browse([line, {**line, "status": "rejected", "by": "bad JSON: <b>", "stats": None}], [{"id": "a", "images": ["a.png"]}], tmp_path)._repr_html_()
+    assert "dropped by text length filter (1)" in page and "text len: 7" in page and "refused (1)" in page
+    assert not any(tag in page for tag in ("<script", "<img src=x", "<b>"))
+
+
 def test_a_shard_writes_no_file_and_follows_no_link(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind, target in (("../../out.png", tarfile.REGTYPE, ""), ("/etc/out.png", tarfile.REGTYPE, ""), ("l.png", tarfile.SYMTYPE, "/etc/passwd"), ("h.png", tarfile.LNKTYPE, "/etc/passwd"),
@@ -118,7 +126,7 @@ def test_a_shard_writes_no_file_and_follows_no_link(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     before = sorted(p for p in tmp_path.rglob("*"))
     found = gate(tmp_path / "a.tar", tmp_path)
-    assert found.rows == 2 == len(found.accepted) + len(found.rejected), "members that are no plain files are no samples"
+    assert found.rows == 5 == len(found.accepted) + len(found.rejected) and found.counts() == {"member is no plain file": 3, "null text": 2}
     assert sorted(p for p in tmp_path.rglob("*")) == before and "root:" not in repr(found.accepted + found.rejected)
 
 

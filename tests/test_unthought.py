@@ -17,7 +17,7 @@ from PIL import Image
 from blip2mgm import cli, scorers
 from blip2mgm.core import ConfigError, UserError, as_kind, plain_json, read_json, read_jsonl, read_yaml, write_json, write_jsonl
 from blip2mgm.data import gate
-from blip2mgm.formats import as_row, caption_of, count_images, iter_rows, parse_line, plain_rows, text_of, write_dj
+from blip2mgm.formats import as_lines, as_row, caption_of, count_images, iter_rows, parse_line, plain_rows, text_of, write_dj
 from blip2mgm.own import Source, rows_of, shortened
 
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -71,7 +71,7 @@ def test_a_line_is_a_value_or_has_a_reason(line):
 @given(st.lists(good | row.map(lambda r: {k: v for k, v in r.items() if not isinstance(v, bytes)}), max_size=6))
 def test_the_quick_reader_says_what_the_strict_one_says(rows):
     lines = [json.dumps(plain_json(r), default=repr).encode() for r in rows if "\\u0000" not in json.dumps(r, default=repr)]
-    for line, quick in zip(lines, plain_rows(lines, 1) if lines else []):
+    for line, quick in zip(lines, plain_rows(as_lines(lines), 1)):
         if quick is None: continue
         strict, problem = parse_line(line, 1)
         assert not problem and (strict["id"], strict["text"], strict["images"]) == quick
