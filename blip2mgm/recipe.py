@@ -295,9 +295,10 @@ def dj_fingerprint(rows:list[dict], root, recipe:dict, captioner:str="") -> dict
     models = models_of(recipe, captioner)
     if models: from blip2mgm.speaker import model_hash   # torch with it
     steps = [(name, {k: v for k, v in params.items() if k != "model"}) for name, params in operators(recipe)]
+    hashed = {p: file_hash(Path(root)/p) for p in {p for r in rows for p in r["images"]}}
     kept = {k: versions().get(k) for k in ("py-data-juicer", "torch", "transformers", "Pillow", "datasets")}
     return {"rows": digest([[r["id"], r["text"], r["images"]] for r in rows]), "recipe": digest(steps), "code": code_hash("mapper"),
-            "pictures": digest([file_hash(Path(root)/p) for r in rows for p in r["images"]]), "versions": kept,
+            "pictures": digest([hashed[p] for r in rows for p in r["images"]]), "versions": kept,
             "weights": [model_hash(m) for m in models]}
 
 def _dj_row(row:dict, root:Path) -> dict:
