@@ -179,7 +179,7 @@ def text_steps(rows: Path) -> list[dict]:
     return [*({"step": name, "microseconds a caption": round(1e6 * s / n, 2)} for name, s in spent.items()),
             {"step": "all", "microseconds a caption": round(1e6 * total / n, 2), "captions a second": round(n / total)}]
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-027
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-029
 TRAINING = """import json, sys, time
 from pathlib import Path
 import torch
@@ -204,7 +204,7 @@ def middle_model(tokenizer):
     use_best_attention(model.lm)
     return model
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-028
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-030
 def instruction_samples(world: Path, n: int, size: str = "small"):
     "A fresh model (small: the shipped one; middle) with its encoded instruction rows and settings."
     from blip2mgm.samples import encode_rows
@@ -218,7 +218,7 @@ def instruction_samples(world: Path, n: int, size: str = "small"):
     samples, _ = encode_rows(rows, tokenizer, model.n_image_tokens, cfg.max_length)
     return model, [samples[i % len(samples)] for i in range(n)], cfg
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-029
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-031
 def our_training(world: Path, n: int, cached: bool, size: str = "small") -> dict:
     "CPU seconds a sample of this project's loop, with features from a cache or computed at each step; and of making the cache."
     import tempfile
@@ -245,7 +245,7 @@ def our_training(world: Path, n: int, cached: bool, size: str = "small") -> dict
         while not run.over(): run.step()
     return {"s": (time.process_time() - start)/(n-32), "cache": made/max(len(known), 1), "loss": run.log.rows[-1]["loss"]}
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-030
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-032
 def peer_training(world: Path, n: int, cached: bool, size: str = "small") -> dict:
     "CPU seconds a sample of transformers' Trainer around the model with PEFT's adapter."
     import tempfile
@@ -283,7 +283,7 @@ def peer_training(world: Path, n: int, cached: bool, size: str = "small") -> dic
         result = trainer.train()
     return {"s": (clock[-1] - clock[0])/(n-32), "cache": 0.0, "loss": result.training_loss}
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-031
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-033
 def training_speed(world: Path, n: int, size: str = "small") -> list[dict]:
     "Samples a CPU second of the plain Trainer and of this project's loop, each in a process of its own."
     ways = [("Trainer + PEFT", "peer_training", False), ("this project, without the cache", "our_training", False), ("this project", "our_training", True)]
@@ -295,7 +295,7 @@ def training_speed(world: Path, n: int, size: str = "small") -> list[dict]:
                     "times Trainer + PEFT": round((1/found["s"])/(out[0]["samples a CPU second"] if out else 1/found["s"]), 2)})
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-036
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-038
 MANY = """import json, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,7 +324,7 @@ def per_sample(n: int) -> dict:
     c = cost([sys.executable, "-c", MANY.format(n=n)])
     return {"samples": n, "CPU ms a sample": round(1e3*float(c.output.strip().splitlines()[-1])/n, 3), "peak MiB": round(c.memory)}
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-039
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
 ANSWERING = """import json, os, sys, threading, time
 import psutil, torch
 from blip2mgm.benchmarks import answering_way
@@ -354,7 +354,7 @@ def plain_batches(model, tokenizer, questions, new: int, size: int = 16) -> list
         out += model.generate(**batch, images_aux=pixels, max_new_tokens=new, stop_ids=stop_ids(tokenizer))
     return out
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-040
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-042
 def ours(model, tokenizer, questions, new: int) -> list:
     "As the evaluation asks."
     from blip2mgm.asking import ask, look_now
@@ -383,7 +383,7 @@ def answering_way(way: str, world: str, pictures: int, new: int) -> dict:
     over.set(); watch.join()
     return dict(way=way, questions=len(questions), seconds=spent, memory=max(max(most) - before, 0) / 2**20, total=max(most) / 2**20, answers=hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12])
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-041
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-043
 def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     "The three ways, each in a process of its own; UserError if they do not say the same."
     found = [json.loads(cost([sys.executable, "-c", ANSWERING.format(way=w, world=str(world), pictures=pictures, new=new)]).output.strip().splitlines()[-1]) for w in WAYS]
@@ -391,7 +391,7 @@ def answering(world: Path, pictures: int, new: int = 3) -> list[dict]:
     return [{"way": f["way"], "questions": f["questions"], "questions per CPU s": round(f["questions"] / f["seconds"], 1), "ours is faster": f"{f['seconds'] / found[-1]['seconds']:.1f} times",
              "peak MiB": round(f["total"]), "of them added": round(f["memory"])} for f in found]
 
-# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-044
+# %% ../nbs/90_benchmarks.ipynb #90-benchmarks-046
 def scoring(n: int, seed: int = 0) -> dict:
     "CPU seconds to score `n` VQAv2 answers."
     import random
