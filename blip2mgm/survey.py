@@ -127,7 +127,7 @@ def _count(self: Pictures, pictures: list[Picture]):
     self.aspects.update(round(p.width / p.height, 2) for p in pictures)
     decoded = [p for p in pictures if _was_decoded(p)]
     self.brightness.update(round(p.brightness) for p in decoded)
-    self.sharpness.update(min(20_000, round(p.sharpness, 2 - len(str(int(p.sharpness))))) for p in decoded)   # two digits of it
+    self.sharpness.update(min(20_000, round(p.sharpness, 3 - len(str(int(p.sharpness))))) for p in decoded)   # three digits of it, finer than the bars of a histogram
 
 # %% ../nbs/06_survey.ipynb #06-survey-012
 def image_stats(pictures: list[Picture] | Pictures) -> dict:

@@ -115,10 +115,10 @@ def test_nothing_to_measure():
     for fig in (plot_lengths(corpus_of([])), plot_words(corpus_of([])), plot_images(Pictures()), plot_flags(empty), plot_saturation({"a": []})): fig.savefig(io.BytesIO(), format="png")
 
 
-def test_sharpness_is_counted_by_two_digits():
+def test_sharpness_is_counted_by_three_digits():
     pictures = Pictures()
-    pictures.add([(k, str(k), Picture(9, 9, "PNG", "L", 9, 1.0, x)) for k, x in enumerate((0.4, 7.2, 42.0, 523.0, 1284.0, 123456.0))])
-    assert sorted(pictures.sharpness) == [0.4, 7.2, 42, 520, 1300, 20_000]
+    pictures.add([(k, str(k), Picture(9, 9, "PNG", "L", 9, 1.0, x)) for k, x in enumerate((0.404, 7.2, 42.04, 523.4, 1284.0, 123456.0))])
+    assert sorted(pictures.sharpness) == [0.4, 7.2, 42, 523, 1280, 20_000]
 
 
 def test_size_classes():
