@@ -604,6 +604,7 @@ def _same_words(hashes, lengths):
     groups[lengths == 0] = np.flatnonzero(lengths == 0)
     return groups
 
+# %% ../nbs/03_corpus.ipynb #03-corpus-060
 def _candidates(tapes: list[Tape], lone, marks, lengths, overlap: float) -> Iterator:
     "Pairs of the captions `lone` that share a key and may overlap, each packed in one number."
     import numpy as np
@@ -653,7 +654,7 @@ def leaks(held: Corpus, train: Corpus, overlap: float = 0.8, bands: int = 8) -> 
             if x >= overlap and x > best.get(row, (0, 0))[1]: best[row] = other, x
     return [(row, *found) for row, found in sorted(best.items())]
 
-# %% ../nbs/03_corpus.ipynb #03-corpus-062
+# %% ../nbs/03_corpus.ipynb #03-corpus-063
 def describe_corpus(
     corpus: Corpus,
     budget: int | None = None,  # words a block for the diversity; the largest that gives 20 blocks if not given (1,000 at most)

@@ -226,7 +226,7 @@ def test_stopped_and_started_again(small, capsys, how, status):
     if how == signal.SIGINT:
         assert "another `blip2mgm run` is at work" in run(capsys, "run", "small")[2]
     process.send_signal(how)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == status and "Traceback" not in err
     if how != signal.SIGKILL: assert "the same command goes on from there" in err
     assert run(capsys, "run", "small")[0] == 0

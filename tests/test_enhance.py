@@ -310,7 +310,7 @@ def test_nothing_outlives_a_killed_notebook(tmp_path, how):
     group = int((tmp_path / "pid").read_text())
     os.killpg(group, 0)
     owner.send_signal(how)
-    owner.wait(20)
+    owner.wait(120)
     for _ in range(200):
         try:
             os.killpg(group, 0)

@@ -99,7 +99,7 @@ def test_papermill_by_hand_and_the_command_line_do_not_meet_in_one_stage(small, 
     said = subprocess.run([PYTHON, "-c", code, str(small / "runs/small")], text=True, capture_output=True).stderr
     assert "another process is at work in" in said
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert run(capsys, "run", "small")[0] == 0
 
 
@@ -156,4 +156,4 @@ def test_slurm_passes_the_signal_on_and_asks_to_be_queued_again(tmp_path):
     until((tmp_path / "started").is_file)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 130 and (tmp_path / "queued").read_text() == "requeue 7\n"
+    assert process.wait(120) == 130 and (tmp_path / "queued").read_text() == "requeue 7\n"
