@@ -113,12 +113,17 @@ def _truth(q: Question) -> str:
     "The right answer as people gave it."
     return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else max(set(q.answers), key=q.answers.count)
 
+def _seen(q: Question):
+    "The picture of a question; None if it cannot be shown."
+    from blip2mgm.data import open_picture
+    try: return open_picture(picture_bytes(q))
+    except Exception: return None
+
 def _panel(ax, q: Question, a: dict, right: bool) -> None:
     "One picture with its question, the answer and the truth."
     import textwrap
-    from blip2mgm.data import open_picture
-    try: ax.imshow(open_picture(picture_bytes(q)))
-    except Exception: ax.text(.5, .5, "unreadable picture", ha="center")
+    if picture := _seen(q): ax.imshow(picture)
+    else: ax.text(.5, .5, "unreadable picture", ha="center")
     short = lambda text, most: text if len(text) <= most else text[:most - 1] + "…"
     plain = lambda text: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), 22)[:3])
     ax.set_title(plain(short(q.question, 62)), fontsize=8)
@@ -142,12 +147,6 @@ def _told(q: Question, said: dict[str, dict]) -> str:
     word = lambda a: f"{a['text']}. {q.options[a['text']]}" if a["text"] in q.options else a["text"] or "(nothing)"
     short = lambda text: text if len(text) <= 100 else text[:99] + "…"
     return "\n".join([q.question, *(f"{'✓' if is_right(a) else '✗'} {arm}: {short(word(a))}" for arm, a in said.items()), f"truth: {_truth(q)}"])
-
-def _seen(q: Question):
-    "The picture of a question; None if it cannot be shown."
-    from blip2mgm.data import open_picture
-    try: return open_picture(picture_bytes(q))
-    except Exception: return None
 
 def browse_answers(
     asked: dict[str, list[Question]],  # by task

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import PIPELINE
 from soak import COMMAND, differences
 
-STAGES = ("explore", "enhance", "train", "evaluate", "report")
 PAGES = ("report.html", "report.md", "report.ipynb", "comparison.json")
 
 
@@ -34,9 +34,9 @@ def go(profile: str, run: Path) -> tuple[int, str]:
 def before(whole: Path, run: Path, stage: str) -> list[str]:
     "Copies what a whole run held when a stage began; the stages that had ended"
     shutil.copytree(whole, run, symlinks=True)
-    for s in STAGES[STAGES.index(stage):]:
+    for s in PIPELINE[PIPELINE.index(stage):]:
         for p in places_of(run, s): shutil.rmtree(p) if p.is_dir() else p.unlink()
-    return list(STAGES[:STAGES.index(stage)])
+    return PIPELINE[:PIPELINE.index(stage)]
 
 
 def filled(profile: str, whole: Path, disk: Path, stage: str, share: float) -> list[str]:
@@ -70,7 +70,7 @@ def main() -> int:
     whole, disk = a.whole.resolve(), a.folder.resolve()
     disk.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={3 * size(whole)}", "none", str(disk)], check=True)
-    wrong = {(stage, share): filled(a.profile, whole, disk, stage, share) for stage in STAGES for share in a.shares}
+    wrong = {(stage, share): filled(a.profile, whole, disk, stage, share) for stage in PIPELINE for share in a.shares}
     for (stage, share), what in wrong.items(): print(f"{stage:<9} {share:.0%}: {'; '.join(what) or 'well'}")
     return int(any(wrong.values()))
 

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import psutil
 import yaml
+from conftest import PIPELINE, TOOLS
 
-COMMAND = [str(Path(sys.executable).with_name("blip2mgm")), "run"]
+COMMAND = [str(TOOLS / "blip2mgm"), "run"]
 TOLD = re.compile(r"second|time|start|memory|machine|version|sha|hash|path|file|rate|peak|elapsed|date|cpu|pid|frozen|repeat by|^run$")  # keys whose values tell of the run, not of what was found
 VIEWS = re.compile(r"\.(ipynb|html|log|svg|png|md|part)$|before\.json$|\.lock$|tfevents|\.sqlite|/(trace|monitor|logs?|dj|tables)/")  # pages, logs and stores that show times
 
 
-def stage_now(run: Path, stages=("explore", "enhance", "train", "evaluate", "report")) -> str:
+def stage_now(run: Path) -> str:
     "The first stage that has not ended"
-    return next((s for s in stages if not (run / s / "record.json").is_file()), "over")
+    return next((s for s in PIPELINE if not (run / s / "record.json").is_file()), "over")
 
 
 def strike(process: subprocess.Popen, rng: random.Random) -> str:
