@@ -82,7 +82,7 @@ def resolve_recipe(
         if name == CAPTIONER: params = _processor(executor) | params | _places(params, captioner_of(recipe, captioner), folder.parent/memory_of(address))
         if name.endswith("_filter"): params = _workers(executor, rows, workers) | params | {"stats_export_path": str(seen_file(folder, k, name))}
         steps.append({name: params})
-    ours = dict(dataset_path=str(folder/"in.jsonl"), export_path=str(result_file(folder)), work_dir=str(folder), job_id="job", np=workers,
+    ours = dict(dataset_path=None, dataset={"configs": [{"type": "local", "path": str(folder/"in.jsonl")}]}, export_path=str(result_file(folder)), work_dir=str(folder), job_id="job", np=workers,
                 temp_dir=None, ds_cache_dir=str(folder/"cache"), use_cache=False, skip_op_error=False, strict_preflight=True,
                 keep_stats_in_res_ds=True, export_extra_args={"export_stats": False} if executor == "default" else {}, custom_operator_paths=[str(resolve(p)) for p in recipe.get("custom_operator_paths") or []])
     return recipe | ours | on_ray(executor, address, workers) | {"process": steps}
@@ -260,12 +260,12 @@ def dj_process(recipe:dict, folder:Path, rows:int) -> None:
     temp = tempfile.TemporaryDirectory(prefix="dj", ignore_cleanup_errors=True)   # not below `folder`: Data-Juicer opens sockets there, whose paths must be short
     env = environment(recipe["np"], offline) | {"TMPDIR": temp.name}
     process = start([sys.executable, str(program), "--config", str(folder/"recipe.yaml")], env)
-    first = CAPTIONER if CAPTIONER in dict(steps) else steps[0][0]
+    first, said = (CAPTIONER, quality(folder.parent/MEMORY)) if CAPTIONER in dict(steps) else (steps[0][0], None)
     try:
         told = by_log(first, rows) if recipe.get("executor_type", "default") == "default" else by_memory(folder.parent)
         done = follow(process, log, told, rows)
         begun = [d for d in [next(done, None)] if d]   # start-up is not counted in the time left
-        for _ in track(chain(begun, done), first.replace("_", " "), rows, quality(folder.parent/MEMORY)): pass
+        for _ in track(chain(begun, done), first.replace("_", " "), rows, said): pass
         code = process.wait()
     finally:
         process.terminate(), process.wait()

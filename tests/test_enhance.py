@@ -84,7 +84,7 @@ def test_resolved_recipe(recipe, tmp_path):
     assert json.dumps(recipe) == before
     assert dict(operators(made))["blip2_captioning_mapper"]["model"] == "some/hub-id"
     assert made["np"] == 1 and made["skip_op_error"] is False and made["use_cache"] is False
-    assert all(Path(p).is_absolute() for p in made["custom_operator_paths"] + [made["dataset_path"], made["export_path"]])
+    assert all(Path(p).is_absolute() for p in made["custom_operator_paths"] + [made["dataset"]["configs"][0]["path"], made["export_path"]])
 
 
 def kept_rows(folder): return read_rows(result_file(folder)).to_pylist()
