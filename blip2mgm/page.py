@@ -7,16 +7,17 @@ __all__ = ['TASK_NAMES', 'ROLES', 'FIGURES', 'STYLE', 'PAGE', 'task_name', 'Show
            'span_text', 'plain', 'difference_table', 'test_table', 'score_table', 'split_table', 'power_table',
            'left_out_table', 'data_table', 'training_table', 'cost_table', 'mention_table', 'captioner_table',
            'foundation_table', 'words_table', 'answer_table', 'type_table', 'stage1_table', 'probe_table', 'tables_of',
-           'truth_of', 'gallery', 'md_table', 'report_md', 'write_tables', 'anchor', 'page_of', 'told', 'says_here']
+           'gallery', 'md_table', 'report_md', 'write_tables', 'anchor', 'page_of', 'told', 'says_here']
 
 # %% ../nbs/82_page.ipynb #82-page-002
 import html
 import re
-from collections import Counter
 from pathlib import Path
 
 from .arms import ARMS
 from .core import UserError, write_text
+from .show import picture_tag, small_jpeg
+from .tasks import shown_picture, truth_of
 
 # %% ../nbs/82_page.ipynb #82-page-005
 TASK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench", "vqav2": "VQAv2", "gqa": "GQA", "okvqa": "OK-VQA"}
@@ -183,29 +184,13 @@ def tables_of(out: dict) -> dict[str, list[dict]]:
             | {"flips": plain(out["flips"]), "operators": out["rows"]["operators"], "claims": claims, "provenance": plain(out["stages"]), "environment": out["environment"]})
 
 # %% ../nbs/82_page.ipynb #82-page-019
-def truth_of(q) -> str:
-    "The right answer of a question: the option, or what most people said."
-    return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else Counter(q.answers).most_common(1)[0][0]
-
-def _thumbnail(q, size: int = 150) -> str:
-    "The picture of a question as a data address, or an empty string."
-    import base64
-    import io
-    from blip2mgm.data import open_picture
-    try: im = open_picture(q.image)
-    except Exception: return ""
-    im.thumbnail((size, size))
-    im.save(buffer := io.BytesIO(), "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-# %% ../nbs/82_page.ipynb #82-page-020
 def _card(f: dict, q, base: str, arm: str) -> str:
     "One flipped question as a piece of a page."
     esc, (good, bad) = html.escape, ("#1b7837", "#b2182b")
     lines = [(base, f["base"], bad if f["way"] == "gained" else good), (arm, f["arm"], good if f["way"] == "gained" else bad), ("truth", truth_of(q), "black")]
     said = "".join(f'<div style="color:{c}"><b>{esc(name)}:</b> {esc(text[:80]) or "(nothing)"}</div>' for name, text, c in lines)
     asked = "<br>".join(esc(line) for line in [q.question, *(f"{k}. {v}" for k, v in q.options.items())])
-    picture = f'<img alt="" src="{source}" style="height:130px"><br>' if (source := _thumbnail(q)) else "(no picture)<br>"
+    picture = f'<div style="min-height:130px">{picture_tag(small_jpeg(shown_picture(q), 150))}</div>'
     return (f'<div style="width:14.5em;border:1px solid #ddd;border-top:4px solid {good if f["way"] == "gained" else bad};padding:.5em;font-size:.85em;break-inside:avoid">{picture}'
             f'<b>{f["way"]}</b> in {f["seeds"]} of {f["of"]} seeds, {esc(f["kind"])}<div style="margin:.4em 0">{asked}</div>{said}</div>')
 
@@ -215,7 +200,7 @@ def gallery(found: list[dict], questions: dict, base: str, arm: str) -> Shown:
     text = "\n".join(f"{f['way']}: {questions[f['task'], f['question_id']].question} {base} {f['base']!r}, {arm} {f['arm']!r}" for f in found)
     return Shown(f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{cards}</div>' if found else "<p>No answer flipped.</p>", text or "No answer flipped.")
 
-# %% ../nbs/82_page.ipynb #82-page-023
+# %% ../nbs/82_page.ipynb #82-page-022
 def _md(text) -> str: return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(str("" if text is None else text).split()))
 
 def md_table(rows: list[dict]) -> str:
@@ -248,7 +233,7 @@ def write_tables(out: dict, folder: Path) -> list[Path]:
         done.append(write_text(folder/f"{re.sub('[^a-z0-9]+', '_', name.lower())}.csv", text.getvalue()))
     return done
 
-# %% ../nbs/82_page.ipynb #82-page-026
+# %% ../nbs/82_page.ipynb #82-page-025
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:72em;margin:1.5em auto;padding:0 1.5em}h1{font-size:1.5em;margin:.2em 0}
 h2{margin-top:2em;border-bottom:1px solid #ddd;font-size:1.25em}h3{font-size:1.05em}nav{font-size:.9em;margin:.5em 0 1em}nav a{margin-right:1em}a{color:#2166ac;text-decoration:none}
 table{border-collapse:collapse;font-size:.86em;margin:.6em 0;display:block;overflow-x:auto}details{margin:.5em 0}summary{cursor:pointer;color:#2166ac}th,td{padding:.25em .7em;border-bottom:1px solid #e4e4e4;vertical-align:top}
@@ -264,7 +249,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../nbs/82_page.ipynb #82-page-027
+# %% ../nbs/82_page.ipynb #82-page-026
 def anchor(title: str) -> str: return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
 
 def _report_cells(nb) -> list:
@@ -287,7 +272,7 @@ def page_of(notebook: str | Path, title: str) -> str:
     nav = "".join(f'<a href="#{anchor(text)}">{text}</a>' for text in heads)
     return PAGE.format(title=html.escape(title), style=STYLE, nav=nav, body=body)
 
-# %% ../nbs/82_page.ipynb #82-page-028
+# %% ../nbs/82_page.ipynb #82-page-027
 def told(lines: list[dict]) -> Shown:
     "Conclusions as a list, each with a link to the part that shows it."
     item = lambda c: f'<li>{html.escape(c["text"])} <a href="#{anchor(c["at"])}">{html.escape(c["at"])}</a></li>'

@@ -8,7 +8,7 @@ from pathlib import Path
 from .core import UserError, read_json, read_jsonl, show_path
 from .looking import rows_by_unit
 from .show import Gallery
-from .tasks import Question, picture_bytes, task_of
+from .tasks import Question, shown_picture, task_of, truth_of
 
 # %% auto #0
 __all__ = ['read_answers', 'score_matrix', 'percent', 'main_scores', 'score_rows', 'type_rows', 'model_rows', 'plot_by_type',
@@ -109,25 +109,15 @@ def choose(answers: list[dict], n: int) -> list[dict]:
     return out[:n]
 
 # %% ../nbs/077_scores.ipynb #077-scores-019
-def _truth(q: Question) -> str:
-    "The right answer as people gave it."
-    return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else max(set(q.answers), key=q.answers.count)
-
-def _seen(q: Question):
-    "The picture of a question; None if it cannot be shown."
-    from blip2mgm.data import open_picture
-    try: return open_picture(picture_bytes(q))
-    except Exception: return None
-
 def _panel(ax, q: Question, a: dict, right: bool) -> None:
     "One picture with its question, the answer and the truth."
     import textwrap
-    if picture := _seen(q): ax.imshow(picture)
+    if picture := shown_picture(q): ax.imshow(picture)
     else: ax.text(.5, .5, "unreadable picture", ha="center")
     short = lambda text, most: text if len(text) <= most else text[:most - 1] + "…"
     plain = lambda text: "\n".join(textwrap.wrap(str(text).replace("$", r"\$"), 22)[:3])
     ax.set_title(plain(short(q.question, 62)), fontsize=8)
-    ax.set_xlabel(plain(f"says: {short(a['text'], 34) or '(nothing)'}") + "\n" + plain(f"truth: {short(_truth(q), 34)}"), fontsize=8, color="#1b7837" if right else "#b2182b")
+    ax.set_xlabel(plain(f"says: {short(a['text'], 34) or '(nothing)'}") + "\n" + plain(f"truth: {short(truth_of(q), 34)}"), fontsize=8, color="#1b7837" if right else "#b2182b")
     ax.set_xticks([]); ax.set_yticks([])
 
 def answer_gallery(questions: list[Question], answers: list[dict], columns: int = 6):
@@ -146,7 +136,7 @@ def _told(q: Question, said: dict[str, dict]) -> str:
     "A question, what each arm says, right or wrong, and the truth, line by line."
     word = lambda a: f"{a['text']}. {q.options[a['text']]}" if a["text"] in q.options else a["text"] or "(nothing)"
     short = lambda text: text if len(text) <= 100 else text[:99] + "…"
-    return "\n".join([q.question, *(f"{'✓' if is_right(a) else '✗'} {arm}: {short(word(a))}" for arm, a in said.items()), f"truth: {_truth(q)}"])
+    return "\n".join([q.question, *(f"{'✓' if is_right(a) else '✗'} {arm}: {short(word(a))}" for arm, a in said.items()), f"truth: {truth_of(q)}"])
 
 def browse_answers(
     asked: dict[str, list[Question]],  # by task
@@ -161,7 +151,7 @@ def browse_answers(
         right = {a["question_id"]: {is_right(by_id[a["question_id"]]) for by_id in said.values()} for a in first}
         for name, which in (("the arms differ", {True, False}), ("every arm is right", {True}), ("every arm is wrong", {False})):
             ids = [a["question_id"] for a in choose([a for a in first if right[a["question_id"]] == which], n)]
-            kinds[f"{task}: {name}"] = [(_seen(known[i]), _told(known[i], {arm: by_id[i] for arm, by_id in said.items()})) for i in ids]
+            kinds[f"{task}: {name}"] = [(shown_picture(known[i]), _told(known[i], {arm: by_id[i] for arm, by_id in said.items()})) for i in ids]
     return Gallery(kinds)
 
 # %% ../nbs/077_scores.ipynb #077-scores-024

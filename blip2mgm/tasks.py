@@ -16,10 +16,10 @@ from .scorers import (ROTATION, Score, _by, _mean, bleu, gqa_accuracy, gqa_norma
 
 # %% auto #0
 __all__ = ['SHORT', 'TEXTVQA', 'MMBENCH', 'LETTER', 'COCO', 'VQAV2', 'OKVQA', 'OKVQA_KINDS', 'GQA', 'XLSX_COLUMNS', 'TASKS',
-           'OUTCOMES', 'Question', 'picture_bytes', 'question_type', 'textvqa_prompt', 'read_textvqa',
-           'mmbench_options', 'mmbench_prompt', 'read_mmbench', 'read_vqav2', 'read_okvqa', 'read_gqa', 'write_answers',
-           'write_gqa', 'write_mmbench', 'Task', 'task_of', 'mark', 'units', 'summarise', 'score', 'overall_bleu',
-           'majority']
+           'OUTCOMES', 'Question', 'picture_bytes', 'shown_picture', 'truth_of', 'question_type', 'textvqa_prompt',
+           'read_textvqa', 'mmbench_options', 'mmbench_prompt', 'read_mmbench', 'read_vqav2', 'read_okvqa', 'read_gqa',
+           'write_answers', 'write_gqa', 'write_mmbench', 'Task', 'task_of', 'mark', 'units', 'summarise', 'score',
+           'overall_bleu', 'majority']
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-005
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,16 @@ class Question:
 def picture_bytes(q: Question) -> bytes:
     "The encoded picture."
     return q.image if isinstance(q.image, bytes) else Path(q.image).read_bytes()
+
+def shown_picture(q: Question):
+    "The picture of a question; None if it cannot be shown."
+    from blip2mgm.data import open_picture
+    try: return open_picture(picture_bytes(q))
+    except Exception: return None
+
+def truth_of(q: Question) -> str:
+    "The right answer of a question: the option, or what most people said."
+    return f"{q.answers[0]}. {q.options.get(q.answers[0], '')}" if q.options else Counter(q.answers).most_common(1)[0][0]
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-008
 _KINDS = [('yes/no', r'^(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b'),
