@@ -66,11 +66,12 @@ def main() -> int:
     p.add_argument("--whole", type=Path, required=True, help="a finished, undisturbed run of the same profile")
     p.add_argument("--profile", default="smoke")
     p.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.8], help="of what a stage writes there is room for")
+    p.add_argument("--stages", nargs="+", default=PIPELINE, choices=PIPELINE, help="in which the disk fills")
     a = p.parse_args()
     whole, disk = a.whole.resolve(), a.folder.resolve()
     disk.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={3 * size(whole)}", "none", str(disk)], check=True)
-    wrong = {(stage, share): filled(a.profile, whole, disk, stage, share) for stage in PIPELINE for share in a.shares}
+    wrong = {(stage, share): filled(a.profile, whole, disk, stage, share) for stage in a.stages for share in a.shares}
     for (stage, share), what in wrong.items(): print(f"{stage:<9} {share:.0%}: {'; '.join(what) or 'well'}")
     return int(any(wrong.values()))
 
