@@ -143,9 +143,11 @@ def filtered(rows: list[dict], world: Path, recipe: dict, folder: Path, rounds: 
     from blip2mgm.recipe import environment, read_rows, result_file
     (folder/"ours").mkdir(parents=True)
     write_dj(folder/"in.jsonl", (r | {"images": [str(world/p) for p in r["images"]], "caption": caption_of(r["text"])} for r in rows))
-    plain = write_text(folder/"plain.yaml", yaml.safe_dump(recipe | {"dataset_path": str(folder/"in.jsonl"), "export_path": str(folder/"plain/rows.jsonl"), "custom_operator_paths": []}))
+    common = recipe | {"dataset_path": str(folder/"in.jsonl"), "export_path": str(folder/"plain/rows.jsonl"), "custom_operator_paths": []}
+    plain, untraced = (write_text(folder/f"{name}.yaml", yaml.safe_dump(common | more)) for name, more in (("plain", {}), ("untraced", {"open_tracer": False})))
     task, program = write_json(folder/"task.json", [rows, str(world), recipe]), Path(sys.executable).parent/"dj-process"
-    ways = {"plain dj-process": ([program, "--config", plain], lambda: read_jsonl(folder/"plain/rows.jsonl")), "ours": (["-c", ENHANCE, task, folder/"ours/dj"], lambda: read_rows(result_file(folder/"ours/dj")))}
+    kept_plain, kept_ours = lambda: read_jsonl(folder/"plain/rows.jsonl"), lambda: read_rows(result_file(folder/"ours/dj"))
+    ways = {"plain dj-process": ([program, "--config", plain], kept_plain), "plain, no tracer": ([program, "--config", untraced], kept_plain), "ours": (["-c", ENHANCE, task, folder/"ours/dj"], kept_ours)}
     best, kept = {}, {}
     for way, (command, result) in list(ways.items()) * rounds:
         shutil.rmtree(folder/"ours/dj", ignore_errors=True)
@@ -209,4 +211,4 @@ def million(shipped: list[dict], larger: list[dict], sieved: list[dict], bytes_a
     return out
 
 # %% ../nbs/91_caption_speed.ipynb #91-caption-speed-032
-WANTED = {"ours / stock, as in the study": 5, "ours, same text / stock": 1.3, "ours / generate": 0.9, "ours, decoded before / generate": 0.9, "plain dj-process / ours": 1}
+WANTED = {"ours / stock, as in the study": 5, "ours, same text / stock": 1.3, "ours / generate": 0.9, "ours, decoded before / generate": 0.9, "plain dj-process / ours": 1, "plain, no tracer / ours": 1}
