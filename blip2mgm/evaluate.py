@@ -16,7 +16,7 @@ from .stage import data_root
 from .looking import by_group, same_answer
 from .models import open_model, open_trained, parts_identity, trained_files
 from .probes import PROBES, Probe, probed, without_picture
-from .tasks import TASKS, Question, majority, mark, picture_bytes, summarise, task_of
+from .tasks import TASKS, Question, mark, never_looking, picture_bytes, summarise, task_of
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'first_pictures', 'ask_about', 'Pictures', 'Model', 'base_of', 'trained_models', 'after_stage1',
@@ -289,7 +289,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     new = run_jobs(jobs_of(cfg, rounds, items, pictures), cfg.workers, SoFar(rounds, items))
     stores = {r.model.place: Store(folder/r.model.place) for r in rounds}
     scores = [s for r, mine in zip(rounds, items) if r.folder for s in keep_round(r, stores[r.model.place], mine, folder)]
-    result = dict(scores=scores, majority={t: summarise(t, mark(t, qs, majority(qs))) for t, qs in asked.items()}, probes=probe_scores(rounds, items, stores))
+    result = dict(scores=scores, never_looking={t: never_looking(t, qs) for t, qs in asked.items()}, probes=probe_scores(rounds, items, stores))
     write_json(folder/"scores.json", result)
     return result | dict(new=new)
 
@@ -341,7 +341,7 @@ def evaluate_model(a: Asked) -> list[dict] | None:
     store.refresh()
     if any(i.key not in store for i in items.values()): return None
     scores = [keep_answers(a.out/t, t, qs, *answers_of(r, t, store, items), model.identity, dict(model=model.name)) for t, qs in asked.items()]
-    write_json(a.out/"scores.json", dict(scores=scores, majority={t: summarise(t, mark(t, qs, majority(qs))) for t, qs in asked.items()}))
+    write_json(a.out/"scores.json", dict(scores=scores, never_looking={t: never_looking(t, qs) for t, qs in asked.items()}))
     return scores
 
 def _ask_own(model, store: Store, todo: list[Item], pictures: Pictures, a: Asked, so_far: SoFar) -> Iterator[int]:

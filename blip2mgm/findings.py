@@ -226,8 +226,8 @@ def families(compared: list, cfg) -> list:
 # %% ../nbs/81_findings.ipynb #81-findings-036
 def blind_rows(asked: dict[str, list], files: dict[str, list[str]]) -> list[dict]:
     "For each task what the blind answers score, overall and by type."
-    from blip2mgm.tasks import majority, score
-    return [{"task": t, **{k: s[k] for k in ("metric", "overall", "n", "by_type")}, "from": files.get(t, [])} for t, qs in asked.items() for s in [score(t, qs, majority(qs))]]
+    from blip2mgm.tasks import never_looking
+    return [{"task": t, **{k: s[k] for k in ("metric", "overall", "n", "by_type")}, "from": files.get(t, [])} for t, qs in asked.items() for s in [never_looking(t, qs)]]
 
 # %% ../nbs/81_findings.ipynb #81-findings-039
 PARTS = [("all of it", "{arm}", "{base}", "the whole recipe"), ("fewer rows", "random", "{base}", "as many rows as the recipe leaves, drawn by chance"),

@@ -65,7 +65,7 @@ def difference_table(out: dict) -> list[dict]:
     level, rows, base = out["parameters"]["level"], [], out["parameters"]["base"]
     for b in out["blind"]:
         mine = {c["arm"]: c for c in out["comparisons"] if c["task"] == b["task"]}
-        rows += [{"task": task_name(b["task"]), "arm": "(never looking)", "what it is": "the most frequent answer to such questions", "score, %": points_text(b["overall"], False)}]
+        rows += [{"task": task_name(b["task"]), "arm": "(never looking)", "what it is": "the most frequent answer to such questions, or one by chance", "score, %": points_text(b["overall"], False)}]
         rows += [{"task": task_name(b["task"]), "arm": s["arm"], "what it is": s["role"], "score, %": points_text(s["value"], False)} | ({"difference": points_text(c["value"]), f"{level:.0%} interval": span_text(c), "verdict": c["verdict"],
                  "p, corrected": _p(c["p_holm"]), "planned": "yes" if c["planned"] else "exploratory"} if (c := mine.get(s["arm"])) else {"verdict": "(compared with)" if s["arm"] == base else None})
                  for s in sorted((s for s in out["scores"] if s["task"] == b["task"]), key=lambda s: (s["arm"] != base, s["arm"] not in mine or list(mine).index(s["arm"])))]

@@ -42,10 +42,10 @@ def main_scores(result: dict, task: str) -> list[dict]:
     return [s for s in result["scores"] if s["task"] == task and s.get("stage", 2) == 2]
 
 def score_rows(result: dict) -> list[dict]:
-    "One row per arm, seed and task, the majority answer first, in percent."
+    "One row per arm, seed and task, what never looks first, in percent."
     out = []
-    for task, blind in result["majority"].items():
-        for s in [dict(blind, arm="(majority answer)", seed=None), *main_scores(result, task)]:
+    for task, blind in result["never_looking"].items():
+        for s in [dict(blind, arm="(never looking)", seed=None), *main_scores(result, task)]:
             extra = {"vanilla": percent(s["vanilla"])} if "vanilla" in s else {}
             lost = {k: s["outcomes"][k] for k in ("empty", "unparsed", "truncated", "failed")}
             out.append(dict(task=task, arm=s["arm"], seed=s["seed"], score=percent(s["overall"]), metric=s["metric"], n=s["n"], **extra, **lost))
@@ -53,18 +53,18 @@ def score_rows(result: dict) -> list[dict]:
 
 # %% ../nbs/077_scores.ipynb #077-scores-011
 def type_rows(result: dict, task: str) -> list[dict]:
-    "One row per question type: n, the majority answer's score and each arm's mean over its seeds, in percent."
-    blind, scores = result["majority"][task], main_scores(result, task)
+    "One row per question type: n, what never looks's score and each arm's mean over its seeds, in percent."
+    blind, scores = result["never_looking"][task], main_scores(result, task)
     arms = list(dict.fromkeys(s["arm"] for s in scores))
     mean = lambda arm, get: percent(sum(xs) / len(xs)) if (xs := [get(s) for s in scores if s["arm"] == arm]) else None
-    rows = [dict(type=k, n=b["n"], majority=percent(b["score"]), **{a: mean(a, lambda s: s["by_type"][k]["score"]) for a in arms}) for k, b in blind["by_type"].items()]
-    return rows + [dict(type="all", n=blind["n"], majority=percent(blind["overall"]), **{a: mean(a, lambda s: s["overall"]) for a in arms})]
+    rows = [dict(type=k, n=b["n"], **{"never looking": percent(b["score"])}, **{a: mean(a, lambda s: s["by_type"][k]["score"]) for a in arms}) for k, b in blind["by_type"].items()]
+    return rows + [dict(type="all", n=blind["n"], **{"never looking": percent(blind["overall"])}, **{a: mean(a, lambda s: s["overall"]) for a in arms})]
 
 # %% ../nbs/077_scores.ipynb #077-scores-012
 def model_rows(scores: list[dict], root: Path, out: Path) -> list[dict]:
-    "One row per task: score, majority answer, n and what became of the answers."
-    blind_ = read_json(out/"scores.json")["majority"]
-    return [dict(task=s["task"], score=percent(s["overall"]), metric=s["metric"], majority=percent(blind_[s["task"]]["overall"]), n=s["n"], **s["outcomes"],
+    "One row per task: score, what never looks, n and what became of the answers."
+    blind_ = read_json(out/"scores.json")["never_looking"]
+    return [dict(task=s["task"], score=percent(s["overall"]), metric=s["metric"], **{"never looking": percent(blind_[s["task"]]["overall"])}, n=s["n"], **s["outcomes"],
                  file=f"{s['task']}/{task_of(s['task']).result}") for s in scores]
 
 # %% ../nbs/077_scores.ipynb #077-scores-016
@@ -80,13 +80,13 @@ def _bars(ax, scores: list[dict], kinds: list[str], arms: list[str]) -> None:
         for row in by_seed: ax.plot(at, row, ".", color="black", ms=3, alpha=.6)
 
 def plot_by_type(result: dict, task: str, ax=None):
-    "Scores by question type and arm beside the majority answer; returns the axes."
+    "Scores by question type and arm beside what never looks; returns the axes."
     import matplotlib.pyplot as plt
-    blind, scores = result["majority"][task], main_scores(result, task)
+    blind, scores = result["never_looking"][task], main_scores(result, task)
     kinds, arms = list(blind["by_type"]), list(dict.fromkeys(s["arm"] for s in scores))
     if ax is None: _, ax = plt.subplots(figsize=(max(6.5, 1.15 * len(kinds)), 3.2), layout="constrained")
     _bars(ax, scores, kinds, arms)
-    ax.hlines([100 * blind["by_type"][k]["score"] for k in kinds], [i - .42 for i in range(len(kinds))], [i + .42 for i in range(len(kinds))], "black", lw=1.5, label="majority answer")
+    ax.hlines([100 * blind["by_type"][k]["score"] for k in kinds], [i - .42 for i in range(len(kinds))], [i + .42 for i in range(len(kinds))], "black", lw=1.5, label="never looking")
     ax.set(ylim=(0, 105), ylabel=f"{blind['metric']}, %")
     ax.set_title(task, loc="left", pad=20)
     ax.set_xticks(range(len(kinds)), [f"{k.replace('_', ' ')}\nn={blind['by_type'][k]['n']}" for k in kinds], fontsize=8, rotation=20 if len(kinds) > 6 else 0)
@@ -158,15 +158,15 @@ def browse_answers(
 def conclusion(result: dict) -> list[str]:
     "What the scores say, in sentences; whether arms differ is for the report, which knows the uncertainty."
     out = []
-    for task in result["majority"]:
+    for task in result["never_looking"]:
         rows = type_rows(result, task)
         arms, whole = [a for a in list(rows[-1])[3:] if a != "blind"], rows[-1]
         unseen = f", the same model without the picture {whole['blind']:.1f}" if "blind" in whole else ""
-        out.append(f"{task} ({whole['n']:,} questions, {result['majority'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; the majority answer gets {whole['majority']:.1f}{unseen}.")
-        below = {r["type"]: [a for a in arms if r[a] <= r["majority"]] for r in rows[:-1]}
+        out.append(f"{task} ({whole['n']:,} questions, {result['never_looking'][task]['metric']}): " + ", ".join(f"{a} {whole[a]:.1f}" for a in arms) + f"; answers that never look get {whole['never looking']:.1f}{unseen}.")
+        below = {r["type"]: [a for a in arms if r[a] <= r["never looking"]] for r in rows[:-1]}
         named = ", ".join(f"{k} ({'all arms' if len(v) == len(arms) else ', '.join(v)})" for k, v in below.items() if v)
-        out.append(f"Not above the majority answer on {task}: {named}." if named else f"On {task} every arm is above the majority answer for every question type.")
-    return out + [_lost([s for t in result["majority"] for s in main_scores(result, t)])] + _probed(result.get("probes", []))
+        out.append(f"Not above answers that never look on {task}: {named}." if named else f"On {task} every arm is above answers that never look for every question type.")
+    return out + [_lost([s for t in result["never_looking"] for s in main_scores(result, t)])] + _probed(result.get("probes", []))
 
 def _lost(scores: list[dict]) -> str:
     "What became of the answers."

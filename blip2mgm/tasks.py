@@ -19,7 +19,7 @@ __all__ = ['SHORT', 'TEXTVQA', 'MMBENCH', 'LETTER', 'COCO', 'VQAV2', 'OKVQA', 'O
            'OUTCOMES', 'Question', 'picture_bytes', 'shown_picture', 'truth_of', 'question_type', 'textvqa_prompt',
            'read_textvqa', 'mmbench_options', 'mmbench_prompt', 'read_mmbench', 'read_vqav2', 'read_okvqa', 'read_gqa',
            'write_answers', 'write_gqa', 'write_mmbench', 'Task', 'task_of', 'mark', 'units', 'summarise', 'score',
-           'overall_bleu', 'majority']
+           'overall_bleu', 'majority', 'chance', 'never_looking']
 
 # %% ../nbs/07_tasks.ipynb #07-tasks-005
 @dataclass(frozen=True, slots=True)
@@ -355,3 +355,16 @@ def majority(questions: list[Question]) -> list[str]:
         if q.options: return min(q.options, key=lambda c: (-votes[q.options[c]], q.options[c]))
         return min(votes or every, key=lambda a: (-votes[a], a))
     return [pick(q) for q in questions]
+
+# %% ../nbs/07_tasks.ipynb #07-tasks-064
+def chance(questions: list[Question]) -> float:
+    "Score of choosing among the options by chance, the same text in every rotation; 0 for questions without options."
+    first = {q.id if q.unit is None else q.unit: q for q in reversed(questions)}
+    return _mean(1 / len(q.options) if q.options else 0. for q in first.values())
+
+def never_looking(task: str, questions: list[Question]) -> dict:
+    "The task's scores of what does not look: those of the majority answer, or of choosing by chance where that is better."
+    out, kinds = score(task, questions, majority(questions)), {}
+    for q in questions: kinds.setdefault(str(q.kind or 'all'), []).append(q)
+    by_type = {k: v | dict(score=max(v['score'], chance(kinds[k]))) for k, v in out['by_type'].items()}
+    return out | dict(overall=max(out['overall'], chance(questions)), by_type=by_type)

@@ -96,11 +96,11 @@ def plot_verdict(compared: list, cfg: ReportConfig):
     return fig
 
 # %% ../nbs/85_verdict.ipynb #85-verdict-014
-def plot_scores(scores: list[dict], majority: dict[str, float]):
-    "Mean score of each arm with its interval, every seed as a dot, the majority answer as a line, as a figure."
+def plot_scores(scores: list[dict], line: dict[str, float]):
+    "Mean score of each arm with its interval, every seed as a dot, answers that never look as a line, as a figure."
     from blip2mgm.explore import panels
     from blip2mgm.curves import ARM_COLOURS
-    tasks = list(majority)
+    tasks = list(line)
     columns, rows = _grid(len(tasks), 3)
     fig, axs = panels(columns, width=4.6 * columns, height=3 * rows, rows=rows)
     for ax, task in zip(axs, tasks):
@@ -109,8 +109,8 @@ def plot_scores(scores: list[dict], majority: dict[str, float]):
             ax.bar(x, 100 * s["value"], 0.6, color=ARM_COLOURS.get(s["arm"], "tab:purple"), alpha=0.8)
             ax.plot([x, x], [100 * s["low"], 100 * s["high"]], color="black", lw=1.5)
             for v in s["per_seed"]: ax.plot(x + 0.2, 100 * v, ".", color="black", ms=5, alpha=0.7)
-        ax.axhline(100 * majority[task], color="black", lw=1, ls="--")
-        ax.text(len(mine) - 0.45, 100 * majority[task], "never\nlooking", fontsize=7, va="center", ha="left")
+        ax.axhline(100 * line[task], color="black", lw=1, ls="--")
+        ax.text(len(mine) - 0.45, 100 * line[task], "never\nlooking", fontsize=7, va="center", ha="left")
         ax.set_xticks(range(len(mine)), [s["arm"].replace("_", "\n") for s in mine], fontsize=8)
         ax.set(title=task_name(task), ylabel="score, %", ylim=(0, 100), xlim=(-0.6, len(mine) + 0.1))
         ax.grid(axis="x", visible=False)

@@ -129,7 +129,7 @@ def test_tables_and_figures(world):
     import matplotlib; matplotlib.use("agg")
     cfg, folder, result = world
     table = score_rows(result)
-    assert table[0]["arm"] == "(majority answer)" and len(table) == 8
+    assert table[0]["arm"] == "(never looking)" and len(table) == 8
     assert type_rows(result, "textvqa")[-1]["n"] == 4 and all(isinstance(s, str) for s in conclusion(result))
     answers = read_jsonl(folder/"raw"/"seed0"/"textvqa"/"answers.jsonl")
     assert len(choose(answers, 9)) == 4 and len(choose(answers, 3)) == 3

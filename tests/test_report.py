@@ -24,7 +24,7 @@ from blip2mgm.report import build, finish_comparison, publish, save_figures, wri
 from blip2mgm.verdict import plot_scores, plot_verdict, verdict_of
 from blip2mgm.plan import ReportConfig, freeze_plan
 from blip2mgm.runs import compare_runs, history
-from blip2mgm.tasks import Question, majority, mark, summarise
+from blip2mgm.tasks import Question, mark, never_looking, summarise
 from blip2mgm.jobs import TrainConfig
 
 RATES = {"raw": 0.45, "blip2_filtered": 0.75, "random": 0.45, "raw_again": 0.45}
@@ -80,8 +80,8 @@ def run(tmp_path_factory):
             for task, qs in asked.items():
                 said = [say(rng, q, rate) for q in qs]
                 scores.append(keep_answers(run / f"evaluate/{arm}/seed{seed}/{task}", task, qs, said, [Reply(ended=True)] * len(qs), {"weights": "w"}, {"arm": arm, "seed": seed}))
-    blind = {task: summarise(task, mark(task, qs, majority(qs))) for task, qs in asked.items()}
-    write_json(run / "evaluate/scores.json", {"scores": scores, "majority": blind})
+    blind = {task: never_looking(task, qs) for task, qs in asked.items()}
+    write_json(run / "evaluate/scores.json", {"scores": scores, "never_looking": blind})
     keep_record(run, "evaluate", ["train"])
     return run
 
