@@ -10,19 +10,12 @@ import sys
 from pathlib import Path
 
 from conftest import PIPELINE
-from soak import COMMAND, differences
-
-PAGES = ("report.html", "report.md", "report.ipynb", "comparison.json")
+from soak import COMMAND, differences, places_of, without
 
 
 def size(*places: Path) -> int:
     "Bytes that files and folders take on a disk"
     return sum(-(-p.stat().st_size // 4096) * 4096 for place in places for p in [place, *place.rglob("*")] if p.exists())
-
-
-def places_of(run: Path, stage: str) -> list[Path]:
-    "What a stage writes"
-    return [run / stage, *({"explore": [run / "data"], "report": [run / page for page in PAGES]}.get(stage, []))]
 
 
 def go(profile: str, run: Path) -> tuple[int, str]:
@@ -31,19 +24,12 @@ def go(profile: str, run: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def before(whole: Path, run: Path, stage: str) -> list[str]:
-    "Copies what a whole run held when a stage began; the stages that had ended"
-    shutil.copytree(whole, run, symlinks=True)
-    for s in PIPELINE[PIPELINE.index(stage):]:
-        for p in places_of(run, s): shutil.rmtree(p) if p.is_dir() else p.unlink()
-    return PIPELINE[:PIPELINE.index(stage)]
-
-
 def filled(profile: str, whole: Path, disk: Path, stage: str, share: float) -> list[str]:
     "Runs a stage with room for a share of what it writes, then with all it needs; what went wrong"
     run, ballast = disk / "run", disk / "ballast"
     for p in (run, ballast): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
-    ended = before(whole, run, stage)
+    ended = PIPELINE[:PIPELINE.index(stage)]
+    without(whole, run, PIPELINE[len(ended):])
     room = int(share * size(*places_of(whole, stage)))
     ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - room)))
     status, said = go(profile, run)

@@ -1,7 +1,8 @@
-"""A run under random SIGKILLs: `python tests/soak.py [--profile demo] [--kills 30] [--every 40] [--whole RUN] RUN` kills, starts again, and compares with a whole run.
+"""A run under random SIGKILLs: `python tests/soak.py [--profile demo] [--kills 30] [--every 40] [--whole RUN] [--only STAGE] RUN` kills, starts again, and compares with a whole run.
 
 At random moments it kills the command, one of its processes or all of them, until the run has ended. If that took fewer kills than were asked for, it
 begins anew in another folder. Each run must leave the same files as the undisturbed one, but for times, memory, dates and the pages that show them.
+With --only, these stages alone are run, in a copy of the undisturbed run.
 """
 import argparse
 import hashlib
@@ -23,7 +24,19 @@ from conftest import PIPELINE, TOOLS
 
 COMMAND = [str(TOOLS / "blip2mgm"), "run"]
 TOLD = re.compile(r"second|time|start|memory|machine|version|sha|hash|path|file|rate|peak|elapsed|date|cpu|pid|frozen|repeat by|^run$")  # keys whose values tell of the run, not of what was found
+PAGES = ("report.html", "report.md", "report.ipynb", "comparison.json")
 VIEWS = re.compile(r"\.(ipynb|html|log|svg|png|md|part)$|before\.json$|\.lock$|tfevents|\.sqlite|/(trace|monitor|logs?|dj|tables)/")  # pages, logs and stores that show times
+
+
+def places_of(run: Path, stage: str) -> list[Path]:
+    "What a stage writes"
+    return [run / stage, *({"explore": [run / "data"], "report": [run / page for page in PAGES]}.get(stage, []))]
+
+
+def without(whole: Path, run: Path, stages: list[str]) -> None:
+    "Copies a whole run but for what some stages wrote"
+    shutil.copytree(whole, run, symlinks=True)
+    for p in [p for s in stages for p in places_of(run, s)]: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
 
 def stage_now(run: Path) -> str:
@@ -97,6 +110,7 @@ def main() -> int:
     p.add_argument("--kills", type=int, default=30, help="at least so many")
     p.add_argument("--every", type=float, default=40, help="seconds from start to kill, on average")
     p.add_argument("--whole", type=Path, help="an undisturbed run of the same profile; made if it is not given")
+    p.add_argument("--only", nargs="+", default=[], choices=PIPELINE, metavar="STAGE", help="run these stages alone, in a copy of the whole run")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     run, rng, hits, bad, rounds = a.run.resolve(), random.Random(a.seed), Counter(), False, 0
@@ -106,6 +120,7 @@ def main() -> int:
     while sum(hits.values()) < a.kills:
         rounds, start = rounds + 1, time.monotonic()
         shutil.rmtree(run / f"killed{rounds}", ignore_errors=True)
+        if a.only: without(whole, run / f"killed{rounds}", a.only)
         found = soak(a.profile, run / f"killed{rounds}", a.every, rng)
         hits += found
         d = differences(run / f"killed{rounds}", whole)
