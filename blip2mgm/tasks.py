@@ -367,4 +367,4 @@ def never_looking(task: str, questions: list[Question]) -> dict:
     out, kinds = score(task, questions, majority(questions)), {}
     for q in questions: kinds.setdefault(str(q.kind or 'all'), []).append(q)
     by_type = {k: v | dict(score=max(v['score'], chance(kinds[k]))) for k, v in out['by_type'].items()}
-    return out | dict(overall=max(out['overall'], chance(questions)), by_type=by_type)
+    return out | {k: max(out[k], chance(questions)) for k in ('overall', 'vanilla') if k in out} | dict(by_type=by_type)
