@@ -1438,6 +1438,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'blip2mgm.speaker.Speaker.say': ('speaker.html#speaker.say', 'blip2mgm/speaker.py'),
                                   'blip2mgm.speaker._load': ('speaker.html#_load', 'blip2mgm/speaker.py'),
                                   'blip2mgm.speaker._only_resizes': ('speaker.html#_only_resizes', 'blip2mgm/speaker.py'),
+                                  'blip2mgm.speaker._top_two': ('speaker.html#_top_two', 'blip2mgm/speaker.py'),
                                   'blip2mgm.speaker._until_stop': ('speaker.html#_until_stop', 'blip2mgm/speaker.py'),
                                   'blip2mgm.speaker.ask': ('speaker.html#ask', 'blip2mgm/speaker.py'),
                                   'blip2mgm.speaker.choose': ('speaker.html#choose', 'blip2mgm/speaker.py'),

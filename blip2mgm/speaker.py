@@ -176,6 +176,11 @@ def logits(self:Speaker) -> torch.Tensor:
     return self.out.logits[:, -1].float()
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-031
+def _top_two(scores:torch.Tensor):
+    "[B] largest of each row, where it is, and the second largest; numpy's argmax takes a tenth of the time of torch's on a processor"
+    at = (torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1))[:, None]
+    return scores.gather(1, at)[:, 0], at[:, 0], scores.scatter(1, at, -torch.inf).amax(-1)
+
 def choose(
     logits:torch.Tensor,      # [B, V]
     rngs:list|None=None,      # a random generator of numpy's for each caption; None is greedy
@@ -184,11 +189,11 @@ def choose(
     "[B] tokens, and [B] margins by which they were chosen, as shares of the range of the scores"
     spread = (logits.amax(-1) - logits.amin(-1)).clamp(min=torch.finfo(logits.dtype).tiny)
     if rngs is None:
-        top, at = logits.topk(2)
-        return at[:, 0], (top[:, 0] - top[:, 1]) / spread
+        first, at, second = _top_two(logits)
+        return at, (first - second) / spread
     waits = np.stack([rng.standard_exponential(logits.shape[1], dtype=np.float32) for rng in rngs])   # B V
-    top, at = ((logits / temperature).softmax(-1) / torch.from_numpy(waits).to(logits.device)).topk(2)
-    return at[:, 0], temperature * (top[:, 0] / top[:, 1]).log() / spread
+    first, at, second = _top_two((logits / temperature).softmax(-1) / torch.from_numpy(waits).to(logits.device))
+    return at, temperature * (first / second).log() / spread
 
 # %% ../nbs/089_speaker.ipynb #089-speaker-033
 def stop_tokens(model, processor) -> set[int]:
