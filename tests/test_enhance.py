@@ -152,6 +152,17 @@ def test_cluster_by_address(recipe, tmp_path):
 def write_arms(folder, made, rows): return {arm: write_arm(folder / arm, rows, lines) for arm, lines in made.items()}
 
 
+def test_filters_with_and_without_workers(gated, world, recipe, tmp_path, monkeypatch):
+    "Data-Juicer's tracer would wait for ever here: its workers share one connection to a lock that was used before they were forked"
+    only, found = filters_only(recipe | {"open_tracer": True}), {}
+    for few in (1, 2000):
+        monkeypatch.setattr(recipe_module, "FEW", few)
+        made = resolve_recipe(only, tmp_path, rows=len(gated.accepted))
+        assert not made["open_tracer"] and ["num_proc" in p for _, p in operators(made)] == [True, True, few > 1, True, True]
+        found[few] = read_rows(result_file(run_recipe(gated.accepted, world, only, tmp_path / f"dj{few}"))).to_pylist()
+    assert found[1] == found[2000] and found[1]
+
+
 @needs_weights
 def test_arms(run, gated, world, recipe, tmp_path):
     _, lines = run
