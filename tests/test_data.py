@@ -388,8 +388,8 @@ def test_broken_files_are_one_message(tmp_path, name, data, expected):
     ("names.jsonl", b'{"id": 1, "caption": "a bus", "image": "good.jpg"}\n{"file_name": "good.jpg", "caption": "a car"}\n{"image_id": "1", "text": "x", "image": "good.jpg"}\n', ["a bus", "a car"], ["duplicate id"]),
     ("same.jsonl", b"".join(b'{"id": %s, "text": "<image> a", "images": ["good.jpg"]}\n' % i for i in (b"1", b'"1"', b"1.0", b'"\\u0031"', b'"\\u00e9"', b'"e\\u0301"')), ["a", "a", "a"], ["duplicate id", "odd id", "duplicate id"]),
     ("utf16.jsonl", '{"id": 1}\n'.encode("utf-16"), [], ["not UTF-8", "bad JSON"]), ("utf16.json", "[]".encode("utf-16"), None, "not UTF-8"), ("lines.json", b'{"id": 1}\n{"id": 2}\n', None, "named .jsonl"),
-    ("two.jsonl.gz", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n') + gzip.compress(b'{"id": 2, "caption": "b", "image": "good.jpg"}\n') + bytes(9), ["a", "b"], []),
-    ("LOUD.JSONL.GZ", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n'), ["a"], []), ("junk.jsonl.gz", gzip.compress(b"{}\n") + b"junk", None, "damaged"),
+    ("two.jsonl.gz", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n', mtime=0) + gzip.compress(b'{"id": 2, "caption": "b", "image": "good.jpg"}\n', mtime=0) + bytes(9), ["a", "b"], []),
+    ("LOUD.JSONL.GZ", gzip.compress(b'{"id": 1, "caption": "a", "image": "good.jpg"}\n', mtime=0), ["a"], []), ("junk.jsonl.gz", gzip.compress(b"{}\n", mtime=0) + b"junk", None, "damaged"),
     ("two.jsonl.zst", pa.compress(b"{}\n", codec="zstd", asbytes=True) * 2, [], ["no id"] * 2), ("junk.jsonl.zst", pa.compress(b"{}\n", codec="zstd", asbytes=True) + b"junk", None, "damaged"),
 ])
 def test_odd_tables_and_lines(root, tmp_path, name, data, captions, reasons):
