@@ -53,7 +53,7 @@ def score_rows(result: dict) -> list[dict]:
 
 # %% ../nbs/077_scores.ipynb #077-scores-011
 def type_rows(result: dict, task: str) -> list[dict]:
-    "One row per question type: n, what never looks's score and each arm's mean over its seeds, in percent."
+    "One row per question type: n, the score of what never looks and each arm's mean over its seeds, in percent."
     blind, scores = result["never_looking"][task], main_scores(result, task)
     arms = list(dict.fromkeys(s["arm"] for s in scores))
     mean = lambda arm, get: percent(sum(xs) / len(xs)) if (xs := [get(s) for s in scores if s["arm"] == arm]) else None

@@ -364,7 +364,7 @@ def chance(questions: list[Question]) -> float:
 
 def never_looking(task: str, questions: list[Question]) -> dict:
     "The task's scores of what does not look: those of the majority answer, or of choosing by chance where that is better."
-    out, kinds = score(task, questions, majority(questions)), {}
+    out, guessed, kinds = score(task, questions, majority(questions)), chance(questions), {}
     for q in questions: kinds.setdefault(str(q.kind or 'all'), []).append(q)
     by_type = {k: v | dict(score=max(v['score'], chance(kinds[k]))) for k, v in out['by_type'].items()}
-    return out | {k: max(out[k], chance(questions)) for k in ('overall', 'vanilla') if k in out} | dict(by_type=by_type)
+    return out | {k: max(out[k], guessed) for k in ('overall', 'vanilla') if k in out} | dict(by_type=by_type)

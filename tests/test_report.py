@@ -24,7 +24,7 @@ from blip2mgm.report import build, finish_comparison, publish, save_figures, wri
 from blip2mgm.verdict import plot_scores, plot_verdict, verdict_of
 from blip2mgm.plan import ReportConfig, freeze_plan
 from blip2mgm.runs import compare_runs, history
-from blip2mgm.tasks import Question, mark, never_looking, summarise
+from blip2mgm.tasks import never_looking
 from blip2mgm.jobs import TrainConfig
 
 RATES = {"raw": 0.45, "blip2_filtered": 0.75, "random": 0.45, "raw_again": 0.45}
