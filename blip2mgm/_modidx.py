@@ -1716,6 +1716,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'blip2mgm.tune.study_runs': ('tune.html#study_runs', 'blip2mgm/tune.py'),
                                'blip2mgm.tune.study_table': ('tune.html#study_table', 'blip2mgm/tune.py')},
             'blip2mgm.verdict': { 'blip2mgm.verdict._grid': ('verdict.html#_grid', 'blip2mgm/verdict.py'),
+                                  'blip2mgm.verdict.above_blind': ('verdict.html#above_blind', 'blip2mgm/verdict.py'),
                                   'blip2mgm.verdict.checks': ('verdict.html#checks', 'blip2mgm/verdict.py'),
                                   'blip2mgm.verdict.corrected': ('verdict.html#corrected', 'blip2mgm/verdict.py'),
                                   'blip2mgm.verdict.main_sentence': ('verdict.html#main_sentence', 'blip2mgm/verdict.py'),

@@ -18,7 +18,7 @@ from .findings import (answer_rows, arm_scores, Artefacts, audit, bad_steps, bli
                                unfair, words_moved)
 from .page import page_of, points_text, report_md, ROLES, task_name, write_tables
 from .plan import plan_rows, planned_arms, power_rows, read_plan, ReportConfig
-from .verdict import role, verdict_of
+from .verdict import above_blind, role, verdict_of
 
 # %% ../nbs/50_report.ipynb #50-report-007
 def conclusions(out: dict, cfg: ReportConfig) -> list[dict]:
@@ -52,7 +52,7 @@ def next_steps(out: dict, cfg: ReportConfig) -> list[str]:
     missing = sorted({m for r in out["split"] for m in r["missing"]} | ({"shuffled"} if not any("shuffled" in a for a in arms) else set()) | ({"blind"} if "blind" not in arms else set()))
     if missing: steps.append("Add the arms that are missing: " + "; ".join(f"{m} ({ROLES.get(m, 'another arm')})" for m in missing) + ".")
     low = [task_name(t) for t in out["unlearned"]]
-    return steps + ([f"Teach the models {' and '.join(low)} first: no arm is above answers that never look."] if low else []) + ["Repeat it on the data and models that matter to you: another profile in params/."]
+    return steps + ([f"Teach the models {', '.join(low)} first: no arm is shown to be above answers that never look."] if low else []) + ["Repeat it on the data and models that matter to you: another profile in params/."]
 
 # %% ../nbs/50_report.ipynb #50-report-008
 def limits(compared: list, cfg: ReportConfig, split: list[dict]) -> list[str]:
@@ -126,9 +126,8 @@ def build(art: Artefacts, cfg: ReportConfig, root: Path) -> tuple[dict, dict, li
     from dataclasses import replace
     plan = read_plan(art)
     out, tables, logs = measured(art, cfg, root)
-    blind, value = {b["task"]: b["overall"] for b in out["blind"]}, {(s["task"], s["arm"]): s["value"] for s in out["scores"]}
-    planned, below = planned_arms(plan, cfg), lambda c: max(value[c.task, c.arm], value[c.task, c.base]) <= blind[c.task]
-    compared = [replace(c, unlearned=below(c)) for c in compare_arms(tables, cfg)]
+    planned, blind = planned_arms(plan, cfg), {b["task"]: b["overall"] for b in out["blind"]}
+    compared = [replace(c, unlearned=not above_blind(out["scores"], blind, c.task, (c.arm, c.base))) for c in compare_arms(tables, cfg)]
     files = lambda c: tables[c.task, c.arm]["from"] + tables[c.task, c.base]["from"]
     out |= verdict_of(compared, out["scores"], blind, cfg, unfair(out["training"]), (cfg.arm, cfg.endpoint) in planned)
     out |= {"comparisons": [c.to_dict() | {"verdict": c.verdict, "role": role(c.arm, cfg), "planned": (c.arm, c.task) in planned, "from": files(c)} for c in compared],

@@ -145,7 +145,7 @@ class Comparison(Estimate):
     p_equivalent: float | None = None    # larger p-value of the two one-sided tests
     p_holm: float | None = None          # `p` corrected for the other tests of its family
     family: int = 1                      # how many tests that family has
-    unlearned: bool = False              # neither arm is above what a blind guess scores
+    unlearned: bool = False              # neither arm is shown to be above what a blind guess scores
 
     @property
     def difference(self) -> float: return self.value
@@ -200,7 +200,7 @@ def reason(c: Comparison) -> str:
     if c.n_seeds < 2: return 'one seed cannot tell the arm from the luck of its seed'
     if c.verdict in ('better', 'worse'): return f'seeds and questions alone would give so large a difference in {max(c.p_holm or c.p, .001):.1%} of such experiments or fewer'
     if c.verdict == 'equivalent': return f'whatever difference there may be is smaller than {matter}, the smallest that was said to matter'
-    if c.unlearned: return 'neither arm has learned the task, so its scores say nothing about the captions'
+    if c.unlearned: return 'neither arm is shown to have learned the task, so its scores say nothing about the captions'
     if not zero: return f'alone it would count as a difference, but not as one of {c.family} that were tested'
     return 'no difference was shown' + (f', and one of {matter}, which would matter, cannot be ruled out either' if matter else '')
 

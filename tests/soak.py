@@ -85,10 +85,11 @@ def told(x):
     return [told(v) for v in x] if isinstance(x, list) else x
 
 
-def essence(file: Path, run: Path) -> object:
+def essence(file: Path, *runs: Path) -> object:
     "What a file says, without times and places"
     if file.suffix not in (".json", ".jsonl", ".yaml"): return hashlib.sha256(file.read_bytes()).hexdigest()
-    text = file.read_text(encoding="utf-8").replace(str(run), "RUN")
+    text = file.read_text(encoding="utf-8")
+    for run in runs: text = text.replace(str(run), "RUN")  # what was copied still names the place it comes from
     if file.suffix == ".yaml": return told(yaml.safe_load(text))
     found = [json.loads(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else json.loads(text)
     if file.name == "record.json": found = {k: v for k, v in found.items() if k not in ("outputs", "upstream")}  # hashes of files that are compared themselves, logs with times among them
@@ -100,7 +101,7 @@ def differences(run: Path, whole: Path) -> dict[str, list[str]]:
     names = [{str(p.relative_to(r)) for p in r.rglob("*") if p.is_file() and not VIEWS.search("/" + str(p.relative_to(r)))} for r in (run, whole)]
     both = sorted(names[0] & names[1])
     return {"compared": both, "only here": sorted(names[0] - names[1]), "only there": sorted(names[1] - names[0]),
-            "different": [n for n in both if essence(run / n, run) != essence(whole / n, whole)]}
+            "different": [n for n in both if essence(run / n, run, whole) != essence(whole / n, whole)]}
 
 
 def main() -> int:

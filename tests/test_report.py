@@ -21,7 +21,7 @@ from blip2mgm.world import ensure_world
 from blip2mgm.findings import Artefacts, arm_scores, compare_arms, flip_rows, flipped_answers, pick_flips, training_rows
 from blip2mgm.page import banner, gallery, md_table, page_of, report_md, tables_of
 from blip2mgm.report import build, finish_comparison, publish, save_figures, write_comparison
-from blip2mgm.verdict import plot_scores, plot_verdict, verdict_of
+from blip2mgm.verdict import above_blind, plot_scores, plot_verdict, verdict_of
 from blip2mgm.plan import ReportConfig, freeze_plan
 from blip2mgm.runs import compare_runs, history
 from blip2mgm.tasks import never_looking
@@ -226,7 +226,15 @@ def test_without_control_or_with_one_seed_the_report_says_so():
 def test_models_that_learned_nothing_are_no_finding():
     rng = np.random.default_rng(0)
     v = judged({("t", arm): table(rng, -1) for arm in RATES}, blind=0.4)   # every answer wrong
-    assert "did not learn the task" in v["sentence"] and not next(t["ok"] for t in v["checks"] if t["check"] == "learned")
+    assert "not shown that the models learned the task" in v["sentence"] and not next(t["ok"] for t in v["checks"] if t["check"] == "learned")
+
+
+def test_a_score_a_hair_above_guessing_is_not_learned():
+    tables = {("t", arm): table(np.random.default_rng(i), 0.5) for i, arm in enumerate(RATES)}
+    scores = arm_scores(tables, 0.95)
+    raw = next(s for s in scores if s["arm"] == "raw")
+    for line, learned in ((raw["low"] - .001, True), (raw["low"] + .001, False), (raw["value"] - .001, False)):
+        assert above_blind(scores, {"t": line}, "t", ("raw",)) is learned
 
 
 def frozen(run, **kw):
